@@ -31,7 +31,6 @@ import ctypes
 import errno
 import fcntl
 import json
-import logging
 import os
 import pwd
 import re
@@ -39,7 +38,6 @@ import resource
 import select
 import selectors
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -101,8 +99,6 @@ CLONE_NEWNS = 0x00020000            # unshare(2)
 MS_REC_SLAVE = 0x4000 | 0x80000     # mount(2)
 PR_SET_CHILD_SUBREAPER = 36         # prctl(2)
 CAPABILITY_VERSION_3 = 0x20080522   # capset(2)
-
-LOG = logging.getLogger(PROGRAM)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1071,6 +1067,45 @@ def write_all(fd, data):
         raise
 
 
+class WrapperLog:
+    """The wrapper's own log, one line for each record. Whatever is wrong with it is ignored.
+
+    Not the module logging: importing that takes longer than all that is done before virt-v2v runs.
+    """
+
+    def __init__(self):
+        self.fd = None
+
+    def info(self, template, *values):
+        """Note what happens."""
+        self._write('INFO', template % values)
+
+    def warning(self, template, *values):
+        """Note what somebody may have to look after."""
+        self._write('WARNING', template % values)
+
+    def error(self, template, *values):
+        """Note what makes the conversion, or the report of it, fail."""
+        self._write('ERROR', template % values)
+
+    def exception(self, text):
+        """Note the exception being handled, a mistake of ours, with its traceback."""
+        import traceback
+        self._write('ERROR', text + '\n' + traceback.format_exc())
+
+    def _write(self, level, text):
+        # Line ends are escaped, so that no name can forge a record.
+        text = _UNPRINTABLE.sub(lambda m: m.group().encode('unicode_escape').decode('ascii'), text)
+        line = '{} {} {}\n'.format(timestamp(), level, text)
+        try:
+            write_all(self.fd, line.encode('utf-8', 'backslashreplace'))
+        except (OSError, TypeError):    # a full disk, or no log yet
+            pass
+
+
+LOG = WrapperLog()
+
+
 class StateFile:
     """The state file: replaced as a whole, so that a reader sees the old or the new one."""
 
@@ -1144,26 +1179,6 @@ class OutputLog:
             if not self._lost:
                 LOG.warning('virt-v2v log: %s', error.strerror)
             self._lost += len(data) - (0 if self._lost else error.written)
-
-
-class LogHandler(logging.Handler):
-    """Writes each record as one line to a descriptor. Whatever is wrong with the log is ignored."""
-
-    def __init__(self, fd):
-        super().__init__()
-        self._fd = fd
-
-    def emit(self, record):
-        """Write `record`. Line ends in it are escaped, so that no text can forge a record."""
-        text = record.getMessage()
-        if record.exc_info:
-            text += '\n' + logging.Formatter().formatException(record.exc_info)
-        text = _UNPRINTABLE.sub(lambda m: m.group().encode('unicode_escape').decode('ascii'), text)
-        line = '{} {} {}\n'.format(timestamp(record.created), record.levelname, text)
-        try:
-            write_all(self._fd, line.encode('utf-8', 'backslashreplace'))
-        except OSError:
-            pass
 
 
 def secret_descriptor(secret):
@@ -1345,25 +1360,36 @@ def fork(child):
     return pid
 
 
+# What one side of the start has of the two pipes between the caller's process and the job.
+Link = namedtuple('Link', 'reader writer')
+
+
 def detach(guardian):
     """Start `guardian` as leader of a session of its own, free of the caller's descriptors.
 
-    It is called with its end of a socket pair; the other end is returned.
+    It is called with a Link; the Link to it is returned.
     """
-    ours, theirs = socket.socketpair()
+    (answers, answer), (commands, command) = os.pipe(), os.pipe()
 
     def lead():
         os.setsid()
         os.chdir('/')
-        ours.close()
+        os.close(answers)
+        os.close(command)
         release_standard_descriptors()
-        return guardian(theirs)
+        return guardian(Link(commands, answer))
     try:
         fork(lead)
     except OSError as error:
         raise HostError(os_problem('fork', error)) from None
-    theirs.close()
-    return ours
+    os.close(commands)
+    os.close(answer)
+    return Link(answers, command)
+
+
+def read_to_end(fd):
+    """Return all that comes until nobody has the other end of `fd` any more."""
+    return b''.join(iter(lambda: os.read(fd, CHUNK), b''))
 
 
 def adopt_orphans():
@@ -1697,29 +1723,27 @@ class Monitor:
             output.close_writer()
             self._messages.close_writer()
 
-    def run(self, control):
-        """Report through socket `control` that virt-v2v runs; follow it until all is published."""
+    def run(self, link):
+        """Report through `link` that virt-v2v runs; follow it until all is published."""
         try:
             self._job.state.write(self._document())
         except OSError as error:
             raise HostError(os_problem('state file', error)) from None
         LOG.info('virt-v2v has process ID %d, wrapper %d', self._start.pid, os.getpid())
-        self._loop.watch(control.fileno(), lambda: self._on_control(control))
+        self._loop.watch(link.reader, lambda: self._on_command(link))
         try:
-            control.sendall(_READY)
+            os.write(link.writer, _READY)
         except OSError:
             pass                    # the caller is gone; reading says so too
         self._follower.run()
         self._finish(self._follower.return_code)
 
-    def _on_control(self, control):
-        try:
-            answer = control.recv(len(_GO))
-        except OSError:
-            answer = b''
-        self._loop.forget(control.fileno())
-        control.close()
-        if answer != _GO:
+    def _on_command(self, link):
+        command = os.read(link.reader, len(_GO))
+        self._loop.forget(link.reader)
+        os.close(link.reader)
+        os.close(link.writer)
+        if command != _GO:
             self._follower.stop('nobody took the paths of this job', STOP_GRACE_UNKNOWN)
 
     def _document(self):
@@ -1786,14 +1810,14 @@ def log_leftovers(root, before):
                     os.path.join(root, path))
 
 
-def monitor(job, control, output, messages):
+def monitor(job, link, output, messages):
     """Be the monitor. Returns the exit status: 0 if there is nothing left to do."""
     try:
-        Monitor(job, output, messages).run(control)
+        Monitor(job, output, messages).run(link)
     except HostError as error:
         report = '\n'.join(map(str, error.problems))
         LOG.error('%s', report)
-        control.sendall(report.encode('utf-8', 'backslashreplace'))
+        write_all(link.writer, report.encode('utf-8', 'backslashreplace'))
         return 1
     return 0
 
@@ -1822,7 +1846,7 @@ def take_over(job, output, messages, reason):
         return_code, failure_text(return_code, error, reason), timestamp())))
 
 
-def guard(job, control):
+def guard(job, link):
     """Be the guardian: start the monitor, see to it that its work is ended, leave nothing behind.
 
     Returns the exit status.
@@ -1830,7 +1854,7 @@ def guard(job, control):
     adopt_orphans()
     output, messages = Pipe(), Pipe()
     output.enlarge()
-    monitor_pid = fork(lambda: monitor(job, control, output, messages))
+    monitor_pid = fork(lambda: monitor(job, link, output, messages))
     output.close_writer()
     messages.close_writer()
     for number in _STOP_SIGNALS:
@@ -1950,7 +1974,7 @@ def _make_as_root(path, identity):
 
 
 def begin(request, options):
-    """Start the job. Returns its Paths and the socket to confirm or stop it with.
+    """Start the job. Returns its Paths and the Link to confirm or stop it by.
 
     Raises HostError; then nothing is left of the job.
     """
@@ -1958,8 +1982,7 @@ def begin(request, options):
     files = Files(*directories)
     scratch = None
     try:
-        LOG.addHandler(LogHandler(files.wrapper_log))
-        LOG.setLevel(logging.INFO)
+        LOG.fd = files.wrapper_log
         LOG.info('%s %s, Python %s, as user %s', PROGRAM, VERSION, sys.version.split()[0],
                  job.identity.name)
         LOG.info('request: %s', request)
@@ -1967,8 +1990,8 @@ def begin(request, options):
         environment = virt_v2v_environment(os.environb, job.identity, scratch)
         job = job._replace(environment=environment, scratch=scratch, state=files.state,
                            output_log=OutputLog(files.v2v_log))
-        control = detach(lambda control: guard(job, control))
-        answer = _answer(control)
+        link = detach(lambda link: guard(job, link))
+        answer = _answer(link)
         if answer != _READY:
             raise HostError(*(answer.decode('utf-8', 'replace').splitlines()
                               or [Problem('wrapper', 'ended before virt-v2v was started')]))
@@ -1977,18 +2000,13 @@ def begin(request, options):
         if scratch:
             remove_tree(scratch)
         raise
-    return files.paths, control
+    return files.paths, link
 
 
-def _answer(control):
+def _answer(link):
     """Return what the job says of itself: _READY, or problems, and then it is over."""
-    answer = b''
-    while answer != _READY:
-        piece = control.recv(CHUNK)
-        if not piece:
-            break
-        answer += piece
-    return answer
+    answer = os.read(link.reader, len(_READY))
+    return answer if answer == _READY else answer + read_to_end(link.reader)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2055,18 +2073,17 @@ def print_line(fd, text):
         data = data[os.write(fd, data[:select.PIPE_BUF]):]
 
 
-def hand_over(paths, control):
+def hand_over(paths, link):
     """Give the caller the paths, and the job the word to go on. Raises HostError."""
     try:
         print_line(1, json.dumps(paths._asdict()))
     except OSError as error:
-        control.shutdown(socket.SHUT_WR)
-        while control.recv(CHUNK):
-            pass                    # until the last process of the job is gone
+        os.close(link.writer)
+        read_to_end(link.reader)    # until the last process of the job is gone
         raise HostError(os_problem('standard output', error),
                         Problem('standard output', 'the conversion was stopped')) from None
     try:
-        control.sendall(_GO)
+        os.write(link.writer, _GO)
     except OSError:
         pass                        # the job is over already, and its state says how
 
@@ -2094,4 +2111,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    os._exit(main())        # there is nothing left to do, and a tidy end would take as long again
