@@ -38,7 +38,6 @@ import resource
 import select
 import selectors
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -350,7 +349,7 @@ def _document(data):
     except ValueError as error:
         where = 'line {0.lineno} column {0.colno}'.format(error)
         raise RequestError(Problem('request', 'is not JSON: {}, {}'.format(
-            error.msg, where))) from None
+            error.msg.partition(':')[0], where))) from None
     if not isinstance(document, dict):
         raise RequestError(Problem('request', 'expected a JSON object'))
     return document
@@ -499,8 +498,8 @@ def _guest_id(line):
     return Guest(match.group(1).decode('ascii').lower()) if match else None
 
 
-# For each stage: a literal that is cheap to look for in a whole chunk, and what to make of a line
-# that holds it. Measured: three literals cost less than any regular expression.
+# For each stage: literals that are cheap to look for in a whole chunk, and what to make of a line
+# that holds one. Measured: three literals cost less than any regular expression.
 _ERRORS = ((b'error: ', _plain_error), (b'error: ', _nbdkit_cause))
 _LOOKS = {
     _OPENING: _ERRORS + ((b"'vddk'", _nbdkit_source),),
@@ -512,9 +511,10 @@ _LOOKS = {
     _METADATA: _ERRORS + ((b'OperatingSystemSection_Type', _guest_id),),
     _OVER: (),
 }
-# Versions without JSON messages: their errors may come at any time, and the first of them have
-# nbdkits whose command is not shown (RHEL 7.5).
-_PLAIN_LOOKS = {stage: looks + ((_ERROR_LINE, _plain_error), (_NBDKIT_CONFIG, _nbdkit_config))
+# Versions without JSON messages: their errors may come at any time, the first of them have nbdkits
+# whose command is not shown (RHEL 7.5), and any line in brackets may be a phase.
+_PLAIN_LOOKS = {stage: looks + ((_ERROR_LINE, _plain_error), (_NBDKIT_CONFIG, _nbdkit_config),
+                                (b'\n[', None), (b'\r[', None))
                 for stage, looks in _LOOKS.items()}
 
 
@@ -571,7 +571,7 @@ class OutputParser:
     """
 
     def __init__(self, messages):
-        self._announced = [] if messages else None
+        self._announced = OrderedDict() if messages else None       # bytes of a phase: its text
         self._looks = _LOOKS if messages else _PLAIN_LOOKS
         self._stage = _OPENING
         self._buffer = LineBuffer()
@@ -579,32 +579,66 @@ class OutputParser:
 
     def announce(self, text):
         """Tell that virt-v2v has sent the message `text` (as Phase has it)."""
-        self._announced.append(text)
+        self._announced[text.encode('utf-8')] = text
 
     def feed(self, chunk):
         """Return the events in what was read last."""
-        lines = self._buffer.take(chunk)
-        if not self._worth(lines):
-            return []
-        return [event for line in split(lines) for event in self._line(line)]
+        events = []
+        for line in self._candidates(b'\n' + self._buffer.take(chunk)):
+            for event in self._line(line):
+                # A flood of percentages between two reads is worth no more than its last one.
+                if events and isinstance(event, Percent) and isinstance(events[-1], Percent):
+                    events.pop()
+                events.append(event)
+        return events
 
     def end(self):
         """Return the events that were waiting for more output."""
         events = list(self._line(self._buffer.end()))
-        for text in self._announced or ():
-            events.extend(self._enter(text))
         if self._error is not None:
             events.append(Error(clean(self._error[len(_ERROR_LINE):])))
+        for text in (self._announced or {}).values():
+            events.extend(self._enter(text))
         return events
 
-    def _worth(self, lines):
-        """Say cheaply whether any of `lines` can matter."""
-        if any(literal in lines for literal, _ in self._looks[self._stage]):
-            return True
-        if self._announced is None:
-            return (self._error is not None or lines.startswith(b'[')
-                    or b'\n[' in lines or b'\r[' in lines)
-        return any(text.encode('utf-8') in lines for text in self._announced)
+    def _candidates(self, lines):
+        """Yield the lines that can matter in `lines`, which begins with a line end.
+
+        What matters may change with each line, so they are looked for one after the other; but
+        each literal passes over the whole only once.
+        """
+        found = {}
+        end = 0
+        while True:
+            if self._error is None:
+                position = self._next_position(lines, end, found)
+            else:
+                position = end + 1 if end + 1 < len(lines) else None
+            if position is None:
+                return
+            start = lines.rfind(b'\n', 0, position) + 1
+            start = max(start, lines.rfind(b'\r', start, position) + 1)
+            end = lines.find(b'\n', position)
+            end = len(lines) - 1 if end < 0 else end
+            carriage = lines.find(b'\r', position, end)
+            end = end if carriage < 0 else carriage
+            yield lines[start:end]
+
+    def _next_position(self, lines, start, found):
+        """Return where in a line the first literal of this stage is, at `start` or later, or None.
+
+        `found` has the results so far, for the next call.
+        """
+        nearest = None
+        literals = [literal for literal, _ in self._looks[self._stage]]
+        for literal in literals + list(self._announced or ()):
+            position = found.get(literal, 0)
+            if position != -1 and (position < start or position == 0):
+                position = found[literal] = lines.find(literal, start)
+            if position != -1:
+                position += literal[:1] in b'\r\n'
+                nearest = position if nearest is None else min(nearest, position)
+        return nearest
 
     def _line(self, line):
         if self._error is not None:
@@ -622,13 +656,14 @@ class OutputParser:
         match = _PHASE_LINE.fullmatch(line) if line.startswith(b'[') else None
         if not match:
             return None
-        text = clean(match.group(1))
         if self._announced is None:
-            return text
-        if text not in self._announced:
+            return clean(match.group(1))
+        if match.group(1) not in self._announced:
             return None
-        del self._announced[:self._announced.index(text) + 1]
-        return text
+        while True:             # forget those before it, too: their lines have been missed
+            data, text = self._announced.popitem(last=False)
+            if data == match.group(1):
+                return text
 
     def _enter(self, text):
         """Go to the stage that phase `text` begins."""
@@ -639,7 +674,7 @@ class OutputParser:
 
     def _look(self, line):
         for literal, make in self._looks[self._stage]:
-            event = make(line) if literal in line else None
+            event = make(line) if make and literal in line else None
             if event is not None:
                 return event
         return None
@@ -909,6 +944,11 @@ _UUID = re.compile('[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}')
 _OCTAL = re.compile(r'\\([0-7]{3})')
 
 
+def as_text(path):
+    """Return `path`, a name that Python made of bytes in its own encoding, as the text it is."""
+    return os.fsencode(path).decode('utf-8', 'surrogateescape')
+
+
 def find_identity():
     """Return the Identity to run as: vdsm for root, else who we are. Raises HostError."""
     drop = os.geteuid() == 0
@@ -941,17 +981,20 @@ def make_first_missing(directory, identity):
     """As root: make the first missing directory on the way to `directory`, for `identity`.
 
     Only where nobody but root may write can nothing be slipped in between. The account makes the
-    rest itself. Raises OSError.
+    rest itself. Raises HostError.
     """
     parts = directory.strip('/').split('/')
     ancestors = ['/' + '/'.join(parts[:n]) for n in range(1, len(parts) + 1)]
     missing = next((path for path in ancestors if not os.path.lexists(path)), None)
     if missing is None:
         return
-    parent = os.stat(os.path.dirname(missing))
-    if parent.st_uid == 0 and not parent.st_mode & 0o022:
-        os.mkdir(missing, 0o755)
-        os.chown(missing, identity.uid, identity.gid, follow_symlinks=False)
+    try:
+        parent = os.stat(os.path.dirname(missing))
+        if parent.st_uid == 0 and not parent.st_mode & 0o022:
+            os.mkdir(missing, 0o755)
+            os.chown(missing, identity.uid, identity.gid, follow_symlinks=False)
+    except OSError as error:
+        raise HostError(os_problem(missing, error)) from None
 
 
 def open_private_directory(directory):
@@ -1203,23 +1246,25 @@ def make_scratch():
         return os.fsencode(path)
 
 
+def _remove(name, directory_fd):
+    try:
+        try:
+            os.unlink(name, dir_fd=directory_fd)
+        except IsADirectoryError:
+            os.rmdir(name, dir_fd=directory_fd)
+    except OSError as error:
+        LOG.warning('temporary file %s: %s', clean(os.fsencode(name)), error.strerror)
+
+
 def remove_tree(path):
     """Remove directory `path` and all in it, as far as possible. It need not exist."""
-    def attempt(remove, name, directory_fd):
-        try:
-            remove(name, dir_fd=directory_fd)
-        except OSError as error:
-            LOG.warning('temporary file %s: %s', name, error.strerror)
-
-    if not os.path.lexists(path):
-        return
-    for _, directories, names, directory_fd in os.fwalk(path, topdown=False):
-        for name in names:
-            attempt(os.unlink, name, directory_fd)
-        for name in directories:
-            link = stat.S_ISLNK(os.lstat(name, dir_fd=directory_fd).st_mode)
-            attempt(os.unlink if link else os.rmdir, name, directory_fd)
-    attempt(os.rmdir, path, None)
+    try:
+        for _, directories, names, directory_fd in os.fwalk(path, topdown=False):
+            for name in names + directories:
+                _remove(name, directory_fd)
+        _remove(path, None)
+    except FileNotFoundError:
+        pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1419,7 +1464,10 @@ def kill_descendants():
         if not children:
             return
         for pid in children:
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except PermissionError:     # it has become somebody else
+                continue
             os.waitpid(pid, 0)
 
 
@@ -1653,9 +1701,9 @@ class Publisher:
         self._written_at = time.monotonic()
         try:
             self._state.write(self._document())
-        except OSError as error:
+        except Exception:       # a full disk or a mistake of ours: no reason to lose a conversion
             if not self._failing:
-                LOG.error('state file: %s; trying again', error.strerror)
+                LOG.exception('the state could not be written, trying again')
             self._failing = True
             self._loop.call_later(self._write, PUBLISH_RETRY)
         else:
@@ -1877,10 +1925,11 @@ def guard(job, link):
 
 def export_directory(spec, identity):
     """Return the directory of export domain `spec`, mounted if need be. Raises HostError."""
+    spec = os.fsdecode(spec.encode('utf-8'))    # under LC_ALL=C, Python 3.6 has names in ASCII
     if spec.startswith('/'):
         return spec
-    with open('/proc/self/mountinfo', encoding='utf-8', errors='surrogateescape') as stream:
-        mounted = find_nfs_mount(spec, stream.read())
+    with open('/proc/self/mountinfo', 'rb') as stream:
+        mounted = find_nfs_mount(spec, os.fsdecode(stream.read()))
     if mounted:
         return mounted
     if not identity.drop:
@@ -1953,7 +2002,7 @@ def prepare(request, options):
     directory = attempt(export_directory, request.export_domain, identity)
     if identity.drop:
         for path in directories:
-            attempt(_make_as_root, path, identity)
+            attempt(make_first_missing, path, identity)
         drop_privileges(identity)
     root = attempt(export_domain_root, directory) if directory else None
     libdir = options.vddk_libdir or VDDK_LIBDIR
@@ -1964,13 +2013,6 @@ def prepare(request, options):
         raise HostError(*problems)
     return Job(request, identity, directory, root, libdir, virt_v2v, environment, None, None,
                None), directories
-
-
-def _make_as_root(path, identity):
-    try:
-        make_first_missing(path, identity)
-    except OSError as error:
-        raise HostError(os_problem(path, error)) from None
 
 
 def begin(request, options):
@@ -2033,10 +2075,10 @@ exit status: 0 started, 1 this host cannot do it, 2 the request or the usage is 
 """
 
 
-def _directory(value):
-    """Return the absolute path for the value of an option."""
-    path = os.path.abspath(os.fsencode(value)).decode('utf-8')
-    if not value or _UNPRINTABLE.search(path):
+def directory(value):
+    """Return the absolute path for the value of an option. Raises ValueError."""
+    path = os.path.abspath(value)
+    if not value or _UNPRINTABLE.search(as_text(path)):
         raise ValueError
     return path
 
@@ -2056,7 +2098,7 @@ def parse_arguments(arguments):
     parser.add_argument('--version', action='version', version='{} {}'.format(PROGRAM, VERSION))
     for option, purpose in (('log-dir', 'for both logs'), ('state-dir', 'for the state file'),
                             ('vddk-libdir', 'of the VDDK, default ' + VDDK_LIBDIR)):
-        parser.add_argument('--' + option, metavar='DIR', type=_directory,
+        parser.add_argument('--' + option, metavar='DIR', type=directory,
                             help='directory ' + purpose)
     return Options(**vars(parser.parse_args(arguments)))
 
@@ -2076,7 +2118,7 @@ def print_line(fd, text):
 def hand_over(paths, link):
     """Give the caller the paths, and the job the word to go on. Raises HostError."""
     try:
-        print_line(1, json.dumps(paths._asdict()))
+        print_line(1, json.dumps({key: as_text(path) for key, path in paths._asdict().items()}))
     except OSError as error:
         os.close(link.writer)
         read_to_end(link.reader)    # until the last process of the job is gone
