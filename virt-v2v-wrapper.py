@@ -522,31 +522,33 @@ class LineBuffer:
     """Joins chunks to whole lines, ended by LF or CR. Lines above MAX_LINE are dropped."""
 
     def __init__(self):
-        self._rest = b''
+        self._rest = b'\n'          # the end of the line before, and what there is of the next
         self._dropping = False
 
     def take(self, chunk):
-        """Add `chunk`; return all complete lines so far, with their ends, as one bytes."""
-        cut = max(chunk.rfind(b'\n'), chunk.rfind(b'\r')) + 1
-        lines = self._rest + chunk[:cut] if cut else b''
-        rest = chunk[cut:] if cut else self._rest + chunk
-        if cut and self._dropping:
-            lines = re.sub(rb'\A[^\r\n]*[\r\n]', b'', lines)
+        """Add `chunk`; return all complete lines so far as one bytes, which begins with an end."""
+        cut = max(chunk.rfind(b'\n'), chunk.rfind(b'\r'))
+        if cut < 0:
+            self._rest += chunk
+            lines = b''
+        else:
+            lines = self._rest + chunk[:cut + 1]
+            self._rest = chunk[cut:]
+            if self._dropping:
+                lines = re.sub(rb'\A[^\r\n]+', b'', lines)
             self._dropping = False
-        if len(rest) > MAX_LINE:
-            rest = b''
+        if len(self._rest) > MAX_LINE:
+            self._rest = b''
             self._dropping = True
-        self._rest = rest
         return lines
 
     def end(self):
         """Return the last line if nothing ended it."""
-        rest, self._rest = self._rest, b''
-        return b'' if self._dropping else rest
+        return b'' if self._dropping else self._rest[1:]
 
 
 def split(lines):
-    """Return the lines in `lines`, which end with LF or CR, without their ends."""
+    """Return the lines in `lines` without their ends, LF or CR."""
     return lines.replace(b'\r', b'\n').split(b'\n')
 
 
@@ -584,7 +586,7 @@ class OutputParser:
     def feed(self, chunk):
         """Return the events in what was read last."""
         events = []
-        for line in self._candidates(b'\n' + self._buffer.take(chunk)):
+        for line in self._candidates(self._buffer.take(chunk)):
             for event in self._line(line):
                 # A flood of percentages between two reads is worth no more than its last one.
                 if events and isinstance(event, Percent) and isinstance(events[-1], Percent):
