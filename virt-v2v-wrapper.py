@@ -1399,7 +1399,7 @@ def fork(child):
         status = 1
         try:
             status = child()
-        except BaseException:
+        except Exception:
             LOG.exception('internal error')
         finally:
             os._exit(status)

@@ -1,0 +1,115 @@
+"""What every test can use.
+
+Importing this module loads the script, whose file name Python cannot import, as the module
+virt_v2v_wrapper; test modules just import that.
+"""
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import sys
+import uuid
+
+import hypothesis
+import pytest
+
+import blackbox
+import processes
+from eventually import eventually
+
+# Not pytest's own directory: that one is closed to the users that the wrapper runs as.
+SCRATCH = '/var/tmp'
+
+
+def load_script():
+    """Return the script as a module, registered under a name that can be imported."""
+    spec = importlib.util.spec_from_file_location('virt_v2v_wrapper', blackbox.SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+load_script()
+
+# How long an example takes says more about the machine than about the script.
+hypothesis.settings.register_profile('tests', deadline=None)
+hypothesis.settings.load_profile('tests')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that start the wrapper as root."""
+    for item in items:
+        if 'root_wrapper' in getattr(item, 'fixturenames', ()):
+            item.add_marker('root')
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Remember whether the test itself passed, for job_name."""
+    report = (yield).get_result()
+    if call.when == 'call':
+        item.test_passed = report.passed
+
+
+@pytest.fixture(autouse=True)
+def job_name(request, monkeypatch):
+    """Give the test a name for its processes; fail it if one of them outlives it."""
+    name = 'v2vw-' + uuid.uuid4().hex
+    monkeypatch.setenv(processes.MARK, name)
+    yield name
+    # A test that failed left its processes where they were; that is no second failure.
+    passed = getattr(request.node, 'test_passed', False)
+    survivors = wait_or_kill(name, 10 if passed else 0)
+    directory = os.path.join(SCRATCH, name)
+    if os.path.exists(directory):
+        shutil.rmtree(directory)
+    if survivors and passed:
+        pytest.fail('the test left processes behind: %s' % survivors)
+
+
+def wait_or_kill(name, seconds):
+    """Wait until no process has the name; return those that had to be killed for that."""
+    try:
+        eventually(lambda: not processes.marked(name), 'every process has ended', seconds)
+        return {}
+    except AssertionError:
+        survivors = processes.marked(name)
+    eventually(lambda: not kill(processes.marked(name)), 'killed processes are gone')
+    return survivors
+
+
+def kill(found):
+    """Kill those processes that are still there; return what was given."""
+    for process in found:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def make_wrapper(name, caller, user):
+    """Return a Wrapper with a directory of its own, which job_name removes."""
+    directory = os.path.join(SCRATCH, name)
+    os.mkdir(directory)
+    os.chmod(directory, 0o755)
+    return blackbox.Wrapper(name, directory, caller, user)
+
+
+@pytest.fixture
+def wrapper(job_name):
+    """The script, started and running as an ordinary user."""
+    user = blackbox.ordinary_user()
+    return make_wrapper(job_name, user, user)
+
+
+@pytest.fixture
+def root_wrapper(job_name):
+    """The script, started as root, so that it becomes vdsm; skipped where that cannot be."""
+    problem = blackbox.vdsm_problem()
+    if problem:
+        pytest.skip(problem)
+    return make_wrapper(job_name, pwd.getpwuid(0), pwd.getpwnam('vdsm'))
