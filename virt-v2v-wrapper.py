@@ -307,9 +307,10 @@ def _checked(document, problems):
 
 def _number(text):
     """Numbers mean nothing to us, but 1e999 would be Infinity, and JSON has no such thing."""
-    if float(text) in (float('inf'), float('-inf')):
+    number = float(text)
+    if number in (float('inf'), float('-inf')):
         raise RequestError(Problem('request', 'a number is out of range'))
-    return None
+    return number
 
 
 def _no_number(text):
@@ -407,9 +408,10 @@ _PHASE_LINE = re.compile(rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)')      # "[%6.1f] %s"
 _COPYING_DISK = re.compile(r'Copying disk ([0-9]{1,3})/([0-9]{1,3})(?![0-9])')
 _BAR = re.compile(rb'[^%]{0,12}?([0-9]{1,3})% \[[*-]{40}\]')    # nbdcopy, 2.x
 _RATIO = re.compile(rb' {4}\(([0-9]{1,3}(?:\.[0-9]+)?)/100%\)')  # qemu-img, 1.x
+_NBDKIT_COMMAND = re.compile(rb" *(?:LANG=C )?'?nbdkit'? ")
 _NBDKIT_FILE = re.compile(rb"'file=((?:[^']|'\\'')+)'")
 _NBDKIT_CONFIG = b'vddk: config key=file, value='
-_OPENING_FILE = re.compile(rb'Opening file (\[[^]]*\] .+?) \(vpx[a-z]*-[a-z]+://')
+_OPENING_FILE = re.compile(rb'Opening file (\[[^]]*\] .+?) \([a-z-]+://')
 _NBDCOPY_URI = re.compile(rb"'nbd\+unix:///(%5[bB][^?']*)\?socket=")
 _ERROR_LINE = b'virt-v2v: error: '
 _NBDKIT_ERROR = re.compile(rb'nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: .+')
@@ -439,7 +441,7 @@ def parse_message(line):
         kind, text = message['type'], message['message']
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not isinstance(kind, str):
         return None
     make = {'message': phase, 'error': lambda text: Error(clean(text)),
             'warning': lambda text: Notice(clean(text))}.get(kind)
@@ -455,6 +457,9 @@ def _percent(line):
 
 
 def _nbdkit_source(line):
+    # The appliance shows the labels of the guest's file systems, but not at the start of a line.
+    if not _NBDKIT_COMMAND.match(line):
+        return None
     match = _NBDKIT_FILE.search(line, line.find(b"'vddk'"))
     return Source(clean(match.group(1).replace(b"'\\''", b"'"))) if match else None
 
@@ -1229,7 +1234,7 @@ class OutputLog:
 def secret_descriptor(secret):
     """Return a descriptor of a file in memory, without a name, that holds `secret`."""
     if hasattr(os, 'memfd_create'):                 # Python 3.8
-        fd = os.memfd_create(PROGRAM)
+        fd = os.memfd_create(PROGRAM)       # novm
     else:
         fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
     os.fchmod(fd, 0o400)
