@@ -1,0 +1,226 @@
+"""
+Real conversions, from the request on stdin to the virtual machine in the export domain.
+
+Each conversion boots an appliance and takes most of a minute, so a test looks at all there is
+to see of one; the refusals that need no appliance take a second or less.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+
+import pytest
+
+from lab import GUESTS, MIB, UNIT, VDSM
+
+pytestmark = pytest.mark.lab
+
+LAB1, LAB3 = GUESTS
+GIB = 1024 * MIB
+SLOW = 1000000      # bytes a second: a disk takes half a minute, time enough to kill it
+
+
+def owner_and_mode(path):
+    status = os.stat(path)
+    return status.st_uid, stat.S_IMODE(status.st_mode)
+
+
+def is_copying(state):
+    return any(disk["progress"] > 0 for disk in state["disks"])
+
+
+def started_copying(lab, domain, **changes):
+    """Start a slow conversion of lab1; return its job and the state once it copies."""
+    job = lab.start(lab.request("lab1", domain.path, **changes), rate=SLOW)
+    state = job.wait(is_copying)
+    assert "finished" not in state
+    return job, state
+
+
+def failure(state):
+    """Check that the state is the last of a failed conversion; return its message."""
+    assert state["finished"] is True
+    assert state["failed"] is True
+    assert state["last_message"]["type"] == "error"
+    return state["last_message"]["message"]
+
+
+def assert_succeeded(state, domain, guest):
+    assert state["started"] is True
+    assert state["finished"] is True
+    assert "failed" not in state
+    assert state["return_code"] == 0
+    assert state["disk_count"] == guest.disk_count
+    assert state["disks"] == [{"path": path, "progress": 100} for path in guest.disk_paths()]
+    assert domain.vms() == [(guest.name, state["vm_id"], guest.disk_count)]
+
+
+def assert_image(path, fmt):
+    """Check a disk image: its owner, its format and that all of the source's 1 GiB is in it."""
+    info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", path]).decode())
+    assert os.stat(path).st_uid == os.stat(path).st_gid == VDSM
+    assert info["format"] == fmt
+    assert info["virtual-size"] == GIB
+    assert info["actual-size"] > 7 * 4 * MIB
+
+
+def data_digest(path):
+    """Return a digest of the data that conversion does not touch, behind the file system."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as disk:
+        for offset in range(UNIT, GIB, UNIT):
+            disk.seek(offset)
+            digest.update(disk.read(4 * MIB))
+    return digest.digest()
+
+
+def assert_same_data(lab, guest, images):
+    assert sorted(map(data_digest, images)) == sorted(map(data_digest, lab.disk_files(guest)))
+
+
+def assert_secret_kept(lab):
+    """Check that the password is in no file of the lab and with no process's arguments or
+    environment (that of the server is in our own memory only)."""
+    needle = lab.password.encode()
+    for pid in lab.processes():
+        for name in ("cmdline", "environ"):
+            with open("/proc/%d/%s" % (pid, name), "rb") as stream:
+                assert needle not in stream.read(), (pid, name)
+    # With a pattern on stdin it is not in the arguments of grep either.
+    grep = ["grep", "-rlFf", "-", "--exclude-dir=images", lab.work]
+    found = subprocess.run(grep, input=needle, stdout=subprocess.PIPE)
+    assert found.stdout == b""
+
+
+def mounts(pid="self"):
+    """Return {(directory mounted, mount point), ...} of the mount namespace of a process."""
+    with open("/proc/%s/mountinfo" % pid) as stream:
+        return {tuple(line.split()[3:5]) for line in stream}
+
+
+def test_three_disks_raw_with_source_disks(lab):
+    domain = lab.export_domain()
+    request = lab.request("lab3", domain.path, output_format="raw",
+                          source_disks=LAB3.disk_paths())
+
+    job = lab.start(request)
+    first = job.state()
+    copying = job.wait(is_copying)
+    assert_secret_kept(lab)
+    last = job.wait_finished()
+
+    assert [disk["path"] for disk in first["disks"]] == LAB3.disk_paths()
+    assert (first["started"], first["disk_count"]) == (True, 3)
+    assert copying["disk_count"] == 3
+    assert_succeeded(last, domain, LAB3)
+    assert len(domain.images()) == 3
+    for image in domain.images():
+        assert_image(image, "raw")
+    assert_same_data(lab, LAB3, domain.images())
+    assert owner_and_mode(job.v2v_log) == (VDSM, 0o640)
+    assert owner_and_mode(job.wrapper_log) == (VDSM, 0o640)
+    assert owner_and_mode(job.state_file) == (VDSM, 0o644)
+    assert_secret_kept(lab)
+
+
+def test_one_disk_qcow2_without_source_disks(lab):
+    domain = lab.export_domain()
+
+    job = lab.start(lab.request("lab1", domain.path, output_format="qcow2"))
+    first = job.state()
+    last = job.wait_finished()
+
+    assert (first["disks"], first["disk_count"]) == ([], 0)
+    assert_succeeded(last, domain, LAB1)
+    image, = domain.images()
+    assert_image(image, "qcow2")
+
+
+def test_nfs_export_domain_is_mounted_for_the_job_only(lab):
+    domain = lab.export_domain()
+    before = mounts()
+
+    job = lab.start(lab.request("lab1", domain.nfs_path()))
+    during, of_the_job = mounts(), mounts(job.state()["pid"])
+    last = job.wait_finished()
+
+    assert_succeeded(last, domain, LAB1)
+    assert_image(domain.images()[0], "raw")
+    new = of_the_job - before
+    assert [mount for mount in new if mount[0].endswith(domain.path)]
+    assert during == before
+    assert mounts() == before
+
+
+def test_nfs_export_domain_that_cannot_be_mounted_is_refused(lab):
+    before = mounts()
+
+    result = lab.run_wrapper(lab.request("lab1", "127.0.0.1:/not/exported"))
+
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("virt-v2v-wrapper: error: ")
+    assert "access denied by server" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert mounts() == before
+
+
+def test_wrong_password(lab):
+    domain = lab.export_domain()
+
+    job = lab.start(lab.request("lab1", domain.path, vmware_password="wrong"))
+    last = job.wait_finished()
+
+    assert "incorrect user name or password" in failure(last)
+    assert last["return_code"] == 1
+    assert domain.images() == []
+
+
+def test_unknown_vm(lab):
+    domain = lab.export_domain()
+
+    job = lab.start(lab.request("no-such-vm", domain.path))
+    last = job.wait_finished()
+
+    assert "no-such-vm" in failure(last)
+    assert last["return_code"] == 1
+
+
+def test_export_domain_that_fills_up(lab):
+    domain = lab.export_domain(size=8 * MIB)
+
+    job = lab.start(lab.request("lab1", domain.path))
+    last = job.wait_finished()
+
+    assert "No space left on device" in failure(last)
+    assert last["return_code"] == 1
+
+
+def test_terminating_virt_v2v_during_the_copy(lab):
+    domain = lab.export_domain()
+    job, state = started_copying(lab, domain)
+
+    os.kill(state["pid"], signal.SIGTERM)
+    last = job.wait(lambda state: state.get("finished"), seconds=60)
+
+    failure(last)
+    assert last["return_code"] in (1, -signal.SIGTERM)
+    lab.wait_idle(seconds=5)
+    assert domain.vms() == []
+
+
+def test_killing_virt_v2v_during_the_copy_to_qcow2(lab):
+    domain = lab.export_domain()
+    job, state = started_copying(lab, domain, output_format="qcow2")
+    assert any(command.startswith("qemu-nbd") for command in lab.processes().values())
+
+    os.kill(state["pid"], signal.SIGKILL)
+    last = job.wait(lambda state: state.get("finished"), seconds=10)
+
+    failure(last)
+    assert last["return_code"] == -signal.SIGKILL
+    lab.wait_idle(seconds=5)
+    assert domain.vms() == []
