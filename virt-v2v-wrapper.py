@@ -143,6 +143,15 @@ def os_problem(subject, error):
     return Problem(subject, error.strerror or type(error).__name__)
 
 
+def internal_problem(error):
+    """Return the Problem for exception `error`, a mistake of ours. Its text may be secret."""
+    traceback = error.__traceback__
+    while traceback.tb_next:
+        traceback = traceback.tb_next
+    return Problem('internal error', '{} in line {}'.format(type(error).__name__,
+                                                            traceback.tb_lineno))
+
+
 # ---------------------------------------------------------------------------------------------
 # Types
 
@@ -1139,9 +1148,11 @@ class WrapperLog:
         self._write('ERROR', template % values)
 
     def exception(self, text):
-        """Note the exception being handled, a mistake of ours, with its traceback."""
+        """Note where the exception being handled came from, but not its text, which may be secret."""
         import traceback
-        self._write('ERROR', text + '\n' + traceback.format_exc())
+        kind, error, trace = sys.exc_info()
+        reason = getattr(error, 'strerror', None) or kind.__name__
+        self._write('ERROR', '\n'.join([text + ': ' + reason] + traceback.format_tb(trace)))
 
     def _write(self, level, text):
         # Line ends are escaped, so that no name can forge a record.
@@ -1734,6 +1745,7 @@ class Monitor:
     """Runs virt-v2v, follows it, and keeps the state file true."""
 
     def __init__(self, job, output, messages):
+        """Start virt-v2v and publish that. Raises HostError."""
         self._job = job
         self._messages = messages
         self._capability = self._ask_virt_v2v()
@@ -1750,6 +1762,11 @@ class Monitor:
         self._start = Start(self._child.pid, os.getpid(), timestamp())
         self._follower = Follower(self._loop, signals, self._child.pid,
                                   ((output, self._on_output), (messages, self._on_messages)))
+        LOG.info('virt-v2v has process ID %d, wrapper %d', self._start.pid, os.getpid())
+        try:
+            job.state.write(self._document())
+        except OSError as error:
+            raise HostError(os_problem('state file', error)) from None
 
     def _ask_virt_v2v(self):
         def ask(option):
@@ -1780,11 +1797,6 @@ class Monitor:
 
     def run(self, link):
         """Report through `link` that virt-v2v runs; follow it until all is published."""
-        try:
-            self._job.state.write(self._document())
-        except OSError as error:
-            raise HostError(os_problem('state file', error)) from None
-        LOG.info('virt-v2v has process ID %d, wrapper %d', self._start.pid, os.getpid())
         self._loop.watch(link.reader, lambda: self._on_command(link))
         try:
             os.write(link.writer, _READY)
@@ -1868,12 +1880,14 @@ def log_leftovers(root, before):
 def monitor(job, link, output, messages):
     """Be the monitor. Returns the exit status: 0 if there is nothing left to do."""
     try:
-        Monitor(job, output, messages).run(link)
-    except HostError as error:
-        report = '\n'.join(map(str, error.problems))
-        LOG.error('%s', report)
+        follower = Monitor(job, output, messages)
+    except Exception as error:
+        known = isinstance(error, HostError)
+        report = '\n'.join(map(str, error.problems if known else [internal_problem(error)]))
+        LOG.error('not started: %s', report)
         write_all(link.writer, report.encode('utf-8', 'backslashreplace'))
         return 1
+    follower.run(link)
     return 0
 
 
@@ -2146,11 +2160,8 @@ def main(arguments=None):
         return EXIT_STARTED
     except WrapperError as error:
         problems, status = error.problems, error.status
-    except Exception as error:      # a mistake of ours: no traceback, which could show a secret
-        while error.__traceback__.tb_next:
-            error.__traceback__ = error.__traceback__.tb_next
-        problems, status = [Problem('internal error', '{} in line {}'.format(
-            type(error).__name__, error.__traceback__.tb_lineno))], EXIT_HOST
+    except Exception as error:
+        problems, status = [internal_problem(error)], EXIT_HOST
     for problem in problems:
         try:
             print_line(2, '{}: error: {}'.format(PROGRAM, problem))
