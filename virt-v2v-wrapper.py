@@ -724,8 +724,11 @@ def _guess(progress, number):
     """Return the name of copy `number` where virt-v2v does not tell it."""
     taken = {copy.name for copy in progress.copies}
     nth = progress.listed[number - 1:number]
-    free = [path for path in nth + progress.listed if path not in taken]
-    return free[0] if free else 'disk {}'.format(number)
+    name = next((path for path in nth + progress.listed if path not in taken),
+                'disk {}'.format(number))
+    while name in taken:                # a listed path may read "disk 2"
+        name = 'another ' + name
+    return name
 
 
 def _new_copy(progress, number):
@@ -781,8 +784,10 @@ def _on_error(progress, event):
 
 
 def _on_cause(progress, event):
-    others = tuple(cause for cause in progress.causes if cause.program != event.program)
-    return progress._replace(causes=others + (event,))
+    # The first of each program: what follows are mostly consequences, such as broken connections.
+    if event.program in [cause.program for cause in progress.causes]:
+        return progress
+    return progress._replace(causes=progress.causes + (event,))
 
 
 def _on_guest(progress, event):
@@ -841,10 +846,9 @@ def finished_document(state, ending):
     state = OrderedDict(state)
     if ending.return_code is not None:
         state['return_code'] = ending.return_code
+    state.pop('last_message', None)
     if ending.message is None:
-        state.pop('last_message', None)
-        for disk in state['disks']:
-            disk['progress'] = 100
+        state['disks'] = [OrderedDict(disk, progress=100) for disk in state['disks']]
     else:
         state['failed'] = True
     _with_message(state, ending.message)
@@ -1148,7 +1152,7 @@ class WrapperLog:
         self._write('ERROR', template % values)
 
     def exception(self, text):
-        """Note where the exception being handled came from, but not its text, which may be secret."""
+        """Note where the exception being handled came from, but not its text: it may be secret."""
         import traceback
         kind, error, trace = sys.exc_info()
         reason = getattr(error, 'strerror', None) or kind.__name__
@@ -1682,9 +1686,9 @@ class Follower:
 # Conversion: puts the rooms above together, in three processes
 
 # What a process of the job needs. `directory` is the export domain, `root` the directory named by
-# a UUID in it; `environment` is virt-v2v's.
-Job = namedtuple('Job', 'request identity directory root libdir virt_v2v environment scratch'
-                        ' output_log state')
+# a UUID in it, `contents` what is in that before; `environment` is virt-v2v's.
+Job = namedtuple('Job', 'request identity directory root contents libdir virt_v2v environment'
+                        ' scratch output_log state')
 
 # Events that a reader of the state file should see at once.
 _TRANSITIONS = (Phase, Reached, Opened, Error, Guest)
@@ -1752,7 +1756,6 @@ class Monitor:
         self._parser = OutputParser(self._capability.messages)
         self._message_parser = MessageParser()
         self._progress = no_progress(job.request.source_disks)
-        self._contents = domain_contents(job.root)
         self._mishaps = 0
         self._return_code = None
         self._loop = Loop()
@@ -1867,14 +1870,14 @@ class Monitor:
             self._document(), Ending(return_code, message, timestamp())))
         self._child.wait()          # not before: until now nobody else could get its ID
         if message:
-            log_leftovers(self._job.root, self._contents)
+            log_leftovers(self._job)
 
 
-def log_leftovers(root, before):
-    """Name in the log what is in the export domain that was not there `before`."""
-    for path in sorted(domain_contents(root) - before):
+def log_leftovers(job):
+    """Name in the log what is in the export domain that was not there before."""
+    for path in sorted(domain_contents(job.root) - job.contents):
         LOG.warning('new in the export domain since the start, perhaps left by this conversion: %s',
-                    os.path.join(root, path))
+                    os.path.join(job.root, path))
 
 
 def monitor(job, link, output, messages):
@@ -1913,6 +1916,7 @@ def take_over(job, output, messages, reason):
     error = state.get('last_message', {}).get('message')
     publish_ending(job.state, finished_document(state, Ending(
         return_code, failure_text(return_code, error, reason), timestamp())))
+    log_leftovers(job)
 
 
 def guard(job, link):
@@ -1961,10 +1965,9 @@ def export_directory(spec, identity):
 class Files:
     """The files of one job, created exclusively under a name that no other job has."""
 
-    def __init__(self, log_dir, state_dir):
-        """Create the logs. Raises HostError."""
-        self._log_fd = open_private_directory(log_dir)
-        state_fd = open_private_directory(state_dir)
+    def __init__(self, log_dir, log_fd, state_dir, state_fd):
+        """Create the logs. The descriptors are of the directories. Raises HostError."""
+        self._log_fd = log_fd
         stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
         self._logs = []
         for candidate in [stem] + ['{}-{}'.format(stem, n) for n in range(2, 100)]:
@@ -2006,7 +2009,7 @@ class Files:
 def prepare(request, options):
     """Find out where and as whom to run, become that, and check what there is to check.
 
-    Returns a Job without scratch, output_log and state, and the directories for logs and state.
+    Returns a Job without scratch, output_log and state, and what Files wants.
     Raises HostError with all problems.
     """
     identity = find_identity()
@@ -2019,10 +2022,10 @@ def prepare(request, options):
             problems.extend(error.problems)
             return None
 
-    directories = job_directories(options, identity, os.environ)
+    log_dir, state_dir = job_directories(options, identity, os.environ)
     directory = attempt(export_directory, request.export_domain, identity)
     if identity.drop:
-        for path in directories:
+        for path in (log_dir, state_dir):
             attempt(make_first_missing, path, identity)
         drop_privileges(identity)
     root = attempt(export_domain_root, directory) if directory else None
@@ -2030,10 +2033,12 @@ def prepare(request, options):
     attempt(check_vddk_libdir, libdir)
     environment = virt_v2v_environment(os.environb, identity, b'')
     virt_v2v = attempt(find_virt_v2v, environment[b'PATH'])
+    log_fd, state_fd = (attempt(open_private_directory, path) for path in (log_dir, state_dir))
     if problems:
-        raise HostError(*problems)
-    return Job(request, identity, directory, root, libdir, virt_v2v, environment, None, None,
-               None), directories
+        raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
+    job = Job(request, identity, directory, root, domain_contents(root), libdir, virt_v2v,
+              environment, None, None, None)
+    return job, (log_dir, log_fd, state_dir, state_fd)
 
 
 def begin(request, options):
@@ -2041,8 +2046,8 @@ def begin(request, options):
 
     Raises HostError; then nothing is left of the job.
     """
-    job, directories = prepare(request, options)
-    files = Files(*directories)
+    job, places = prepare(request, options)
+    files = Files(*places)
     scratch = None
     try:
         LOG.fd = files.wrapper_log
@@ -2050,6 +2055,7 @@ def begin(request, options):
                  job.identity.name)
         LOG.info('request: %s', request)
         scratch = make_scratch()
+        LOG.info('temporary files in %s', os.fsdecode(scratch))
         environment = virt_v2v_environment(os.environb, job.identity, scratch)
         job = job._replace(environment=environment, scratch=scratch, state=files.state,
                            output_log=OutputLog(files.v2v_log))
