@@ -283,7 +283,8 @@ _MANDATORY = object()
 
 # Key, default, validator (raises ValueError), what is expected.
 _RULES = (
-    ('vm_name', _MANDATORY, _text, 'a non-empty string without control characters'),
+    ('vm_name', _MANDATORY, _text,
+     'a non-empty string of at most 4096 bytes without control characters'),
     ('output_format', 'raw', _one_of('raw', 'qcow2'), '"raw" or "qcow2"'),
     ('transport_method', _MANDATORY, _one_of('vddk'), '"vddk"'),
     ('vmware_uri', _MANDATORY, _matching(_URI),
@@ -430,7 +431,7 @@ _OVF_ID = re.compile(rb"""ovf:id=['"]([0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A
 def clean(data):
     """Return `data` (bytes or str) as a text that may be shown on a terminal, of bounded length."""
     text = data.decode('utf-8', 'replace') if isinstance(data, bytes) else data
-    lines = text[:MAX_MESSAGE].strip().split('\n')
+    lines = text[:MAX_MESSAGE].strip('\n').split('\n')
     return '\n'.join(_UNPRINTABLE.sub('?', line) for line in lines)
 
 

@@ -1,0 +1,677 @@
+"""virt-v2v's output, line by line: what each kind of line means, and when it may be believed."""
+import json
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import virt_v2v_wrapper
+from test_replay import recorded
+from virt_v2v_wrapper import (
+    MAX_LINE, MAX_MESSAGE, Cause, Error, Guest, LineBuffer, MessageParser, Notice, Opened,
+    OutputParser, Percent, Phase, Reached, Source, clean, parse_message, split)
+
+ID = '4aaed60a-be8a-4362-b7f6-9252502c72fc'
+SECTION = "    <Section ovf:id='{}' ovf:required='false' xsi:type='ovf:{}'>".format(
+    ID, 'OperatingSystemSection_Type')
+BAR = ' {}% [{:-<40}]'
+# A phase that begins each stage of a conversion, as 2.x and as 1.x call it.
+OPENING = 'Setting up the source: -i libvirt -ic esx://root@host -it vddk vm'
+GUEST = 'Inspecting the source'
+TARGET = 'Setting up the destination: -o rhv'
+COPYING = 'Copying disk 1/2'
+METADATA = 'Creating output metadata'
+STAGES = [OPENING, 'Opening the source', GUEST, TARGET, COPYING, METADATA, 'Finishing off']
+
+
+def line(text):
+    return text.encode('utf-8') + b'\n'
+
+
+def phase_line(text):
+    return line('[  12.3] ' + text)
+
+
+def json_message(text, kind='message'):
+    return line(json.dumps({'message': text, 'timestamp': '2026-11-23', 'type': kind}))
+
+
+def modern(phase=None):
+    """Return a parser for a version with messages, in that phase."""
+    parser = OutputParser(messages=True)
+    if phase is not None:
+        parser.announce(phase)
+        parser.feed(phase_line(phase))
+    return parser
+
+
+def legacy(phase=None):
+    """Return a parser for a version without messages, in that phase."""
+    parser = OutputParser(messages=False)
+    if phase is not None:
+        parser.feed(phase_line(phase))
+    return parser
+
+
+def in_modern(phase, *lines):
+    """Return the events in lines that are read during that phase, and at the end."""
+    parser = modern(phase)
+    return parser.feed(b''.join(map(line, lines))) + parser.end()
+
+
+def in_legacy(phase, *lines):
+    """Return the same for a version without messages."""
+    parser = legacy(phase)
+    return parser.feed(b''.join(map(line, lines))) + parser.end()
+
+
+def one_by_one(parser, data):
+    """Return the events in data that is read byte by byte."""
+    return [event for byte in data for event in parser.feed(bytes([byte]))]
+
+
+# --- which disk --------------------------------------------------------------------------
+
+def vddk_command(path, before=" LANG=C 'nbdkit' '--filter' 'cow' ", after=" 'user=root'"):
+    return "{}'vddk' 'server=h' 'vm=moref=5' 'file={}'{}".format(before, path, after)
+
+
+@pytest.mark.parametrize('command, path', [
+    (vddk_command('[ds] vm/vm.vmdk'), '[ds] vm/vm.vmdk'),
+    (vddk_command('[ds] vm/vm.vmdk', after=''), '[ds] vm/vm.vmdk'),
+    (vddk_command('[ds] vm/vm.vmdk', before="'nbdkit' "), '[ds] vm/vm.vmdk'),
+    ("'nbdkit' 'vddk' 'file=[ds] vm/vm.vmdk' 'server=h'", '[ds] vm/vm.vmdk'),
+    (vddk_command("[ds] it'\\''s/it'\\''s.vmdk"), "[ds] it's/it's.vmdk"),
+    (vddk_command("'\\''[ds] quoted'\\''"), "'[ds] quoted'"),
+    (vddk_command('[d s] \u00dc "x" $y/z.vmdk'), '[d s] \u00dc "x" $y/z.vmdk'),
+])
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_the_command_of_a_vddk_nbdkit_names_the_next_source(events, command, path):
+    assert events('Opening the source', 'running nbdkit:', command) == [Source(path)]
+
+
+@pytest.mark.parametrize('command', [
+    "'nbdkit' 'file' 'file=/export/images/a/b' 'cache=none'",
+    "'nbdkit' 'vddk' 'server=h' 'export=<wildcard>'",
+    "'nbdkit' 'vddk' 'file=' 'server=h'",
+    "'file=[ds] before' 'vddk' 'server=h'",
+])
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_the_command_of_another_nbdkit_names_no_source(events, command):
+    assert events('Opening the source', command) == []
+
+
+@pytest.mark.parametrize('phase', [TARGET, COPYING, METADATA])
+def test_a_vddk_command_after_the_sources_were_opened_names_none(phase):
+    assert in_modern(phase, vddk_command('[ds] vm/vm.vmdk')) == []
+
+
+@pytest.mark.parametrize('path', ['[ds] vm/vm.vmdk', "[ds] it's \u00fc/x, value=y.vmdk"])
+def test_a_config_line_names_the_next_source_in_old_versions(path):
+    text = 'nbdkit: debug: vddk: config key=file, value=' + path
+    assert in_legacy('Opening the source', text) == [Source(path)]
+
+
+@pytest.mark.parametrize('prefix', [
+    'nbdkit: vddk[3]: debug: ', 'nbdkit[in0]: vddk[3]: debug: ', 'nbdkit[in0]: debug: ',
+    'nbdkit: debug: ', ''])
+@pytest.mark.parametrize('path', [
+    '[ds] vm/vm.vmdk', '[d s-1] a b/c (d).vmdk', "[ds] it's/\u00fc.vmdk", '[ds] a (b) (c)/d.vmdk'])
+def test_the_file_that_vddk_opens_names_the_disk_being_copied(prefix, path):
+    text = '{0}Opening file {1} (vpxa-nfcssl://{1}@10.0.0.1:902)'.format(prefix, path)
+    assert in_modern(COPYING, text) == [Opened(path)]
+
+
+@pytest.mark.parametrize('scheme', ['vpxa-nfcssl', 'vpxa-nfc', 'ha-nfcssl', 'ha-nfc'])
+def test_the_file_that_vddk_opens_may_come_by_any_transport(scheme):
+    """ha-nfcssl is what a library says that talks to an ESX server without a vCenter."""
+    text = 'nbdkit: vddk[3]: debug: Opening file [ds] a ({}://[ds] a@10.0.0.1:902)'.format(scheme)
+    assert in_modern(COPYING, text) == [Opened('[ds] a')]
+
+
+@pytest.mark.parametrize('phase', [OPENING, 'Opening the source', GUEST, TARGET])
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_a_file_that_vddk_opens_before_the_copy_names_no_disk(events, phase):
+    text = 'nbdkit: vddk[1]: debug: Opening file [ds] a (vpxa-nfcssl://[ds] a@10.0.0.1:902)'
+    assert events(phase, text) == []
+
+
+@pytest.mark.parametrize('uri, path', [
+    ('%5bds%5d%20vm/vm.vmdk', '[ds] vm/vm.vmdk'),
+    ('%5Bds%5D%20vm/vm.vmdk', '[ds] vm/vm.vmdk'),
+    ('%5bds%5d%20%c3%bc%27%25%3f/vm.vmdk', "[ds] \u00fc'%?/vm.vmdk"),
+    ('%5bds%5d%20a%2520b', '[ds] a%20b'),
+])
+def test_the_uri_in_an_nbdcopy_command_names_the_disk_being_copied(uri, path):
+    text = ("nbdcopy 'nbd+unix:///{}?socket=/tmp/v2v.x/in0' 'nbd+unix:///?socket=/tmp/v2v.x/out0'"
+            " '--requests=64' '--flush' '--progress'").format(uri)
+    assert in_modern(COPYING, text) == [Opened(path)]
+
+
+@pytest.mark.parametrize('text', [
+    "nbdcopy 'nbd+unix:///?socket=/tmp/v2v.x/in0' 'nbd+unix:///?socket=/tmp/v2v.x/out0'",
+    "echo 'nbd+unix:///%5bds%5d%20a?socket=/tmp/v2v.x/in0'",
+])
+def test_other_commands_name_no_disk(text):
+    assert in_modern(COPYING, text) == []
+
+
+# --- how far -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text, value', [
+    ('\u259d' + BAR.format('  0', ''), 0),
+    ('\u2597' + BAR.format(' 44', '*' * 18), 44),
+    ('\u2588' + BAR.format('100', '*' * 40), 100),
+    ('#' + BAR.format('  7', '***'), 7),
+    ('\u2588' + BAR.format('101', '*' * 40), 100),
+    ('\u2588' + BAR.format('999', '*' * 40), 100),
+    ('    (0.00/100%)', 0),
+    ('    (12.34/100%)', 12.34),
+    ('    (100.00/100%)', 100),
+    ('    (100.01/100%)', 100),
+    ('    (5/100%)', 5),
+])
+@pytest.mark.parametrize('end', ['\r', '\n', '\r\n'])
+@pytest.mark.parametrize('parser', [modern, legacy])
+def test_both_forms_of_progress_are_read_and_limited_to_100(parser, end, text, value):
+    assert parser(COPYING).feed((text + end).encode('utf-8')) == [Percent(value)]
+
+
+@pytest.mark.parametrize('text', [
+    '100% done',
+    ' 44% [*****]',
+    ' 44% [' + '*' * 41 + ']',
+    ' -4% [' + '-' * 40 + ']x',
+    'x' * 13 + BAR.format('44', '*'),
+    '(12.34/100%)',
+    '    (12.34/100%) x',
+    '    (12.34/50%)',
+    '    (nan/100%)',
+])
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_what_only_resembles_progress_is_none(events, text):
+    assert events(COPYING, text) == []
+
+
+@pytest.mark.parametrize('phase', [OPENING, GUEST, TARGET, METADATA])
+def test_there_is_no_progress_outside_of_a_copy(phase):
+    assert in_modern(phase, '\u2588' + BAR.format('100', '*' * 40), '    (100.00/100%)') == []
+
+
+def from_notation_of_cat(data):
+    """Return the bytes that "cat -v" shows as this."""
+    def byte(match):
+        high, control, plain = match.groups()
+        code = ord(control) ^ 0x40 if control else ord(plain)
+        return bytes([code | (0x80 if high else 0)])
+    return re.sub(rb'(M-)?(?:\^(.)|(.))', byte, data)
+
+
+@pytest.mark.parametrize('name, start, values', [
+    ('nbdcopy-1.14.2.txt', b'M-bM-^VM-^]', [0, 0, 44, 89, 100]),
+    ('qemu-img-2.11.txt', b'    (0.00/', [
+        0, 1.04, 2.42, 3.79, 5.17, 6.55, 7.93, 9.31, 10.69, 12.07, 13.45]),
+])
+def test_recorded_progress_is_read(name, start, values):
+    shown = next(text for text in recorded(name).splitlines() if text.startswith(start))
+    output = from_notation_of_cat(shown[:-1] if shown.endswith(b'$') else shown) + b'\n'
+    assert one_by_one(legacy(COPYING), output) == [Percent(value) for value in values]
+
+
+def test_of_many_percentages_read_at_once_the_last_one_is_enough():
+    data = b'    (44.00/100%)\r    (45.00/100%)\r'
+    assert legacy(COPYING).feed(data)[-1] == Percent(45)
+
+
+# --- phases ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text', [
+    '[    0.235524] Copying disk 1/2',
+    '[    0.23] Copying disk 1/2',
+    '[    0] Copying disk 1/2',
+    '[   x.0] Copying disk 1/2',
+    '[   0.0]Copying disk 1/2',
+    ' [   0.0] Copying disk 1/2',
+    'x[   0.0] Copying disk 1/2',
+    '[   0.0] ',
+])
+def test_a_line_of_the_kernel_is_no_phase(text):
+    assert in_legacy(COPYING, text) == []
+
+
+@pytest.mark.parametrize('text, copying', [
+    ('Copying disk 1/2', (1, 2)),
+    ('Copying disk 2/2', (2, 2)),
+    ('Copying disk 10/23', (10, 23)),
+    ('Copying disk 1/2 to /export/images/a/b (raw)', (1, 2)),
+    ('Copying disk 1/2 to /Copying disk 2/2', (1, 2)),
+    ('Copying disk 0/2', None),
+    ('Copying disk 3/2', None),
+    ('Copying disk 1/0', None),
+    ('Copying disk -1/2', None),
+    ('Copying disk 1/1000', None),
+    ('Copying disk 1', None),
+    ('Copying disks', None),
+    ('Finishing off', None),
+])
+def test_a_phase_says_which_disk_is_copied(text, copying):
+    assert parse_message(json_message(text)) == Phase(text, copying)
+
+
+def test_a_phase_is_its_line_where_there_are_no_messages():
+    assert legacy().feed(phase_line('Copying disk 1/2 to /x (raw)')) == [
+        Phase('Copying disk 1/2 to /x (raw)', (1, 2)), Reached(1)]
+
+
+def test_a_phase_line_counts_only_as_a_mark_where_there_are_messages():
+    parser = modern()
+    parser.announce('Copying disk 2/2')
+    assert parser.feed(phase_line('Copying disk 2/2')) == [Reached(2)]
+
+
+@pytest.mark.parametrize('phase', STAGES)
+def test_a_phase_line_that_was_not_announced_does_not_count(phase):
+    assert modern(phase).feed(phase_line('Copying disk 1/2')) == []
+
+
+def test_a_phase_counts_once_for_each_announcement():
+    parser = modern('Copying disk 1/2')
+    assert parser.feed(phase_line('Copying disk 1/2')) == []
+
+
+def test_a_phase_line_may_have_been_lost():
+    parser = modern()
+    parser.announce('Copying disk 1/2')
+    parser.announce('Copying disk 2/2')
+    assert parser.feed(phase_line('Copying disk 2/2')) == [Reached(2)]
+    assert parser.feed(phase_line('Copying disk 1/2')) == []
+
+
+def test_a_phase_line_of_a_guest_with_an_odd_name_counts():
+    text = 'Opening the source -i libvirt \u00dc\u65e5\U0001f4bf'
+    parser = modern()
+    parser.announce(parse_message(json_message(text)).text)
+    assert parser.feed(phase_line(text)) == [Reached(0)]
+
+
+# --- line ends ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text, expected', [
+    ('virt-v2v: error: x\n', [Percent(44), Error('x')]),
+    ('nbdkit: file.3: error: pwrite: x\n',
+     [Percent(44), Cause('nbdkit', 'nbdkit: file.3: error: pwrite: x')]),
+    ('[  12.3] Finishing off\n', [Percent(44), Phase('Finishing off', None), Reached(0)]),
+    ('virt-v2v: Exiting on signal SIGTERM\n', [Percent(44)]),
+])
+def test_what_is_glued_to_a_bar_by_a_return_is_a_line_of_its_own(text, expected):
+    assert legacy(COPYING).feed(('    (44.00/100%)\r' + text).encode()) == expected
+
+
+def test_a_line_ends_with_the_output_if_nothing_else_ends_it():
+    parser = legacy(COPYING)
+    assert parser.feed(b'    (44.00/100%)') == []
+    assert parser.end() == [Percent(44)]
+
+
+@pytest.mark.parametrize('noise', [
+    b'\0', b'\0' * 1000, b'\xff\xfe', b'\xe2\x96', b'\xed\xa0\x80', b'\x1b[2J', b'\x85\x0b\x0c'])
+def test_bytes_that_are_no_text_do_not_spoil_the_next_line(noise):
+    assert legacy(COPYING).feed(noise + b'\n' + b'    (44.00/100%)\r') == [Percent(44)]
+
+
+@pytest.mark.parametrize('data, text', [
+    (b'a\0b', 'a?b'),
+    (b'a\x1b[31mb', 'a?[31mb'),
+    (b'a\xffb', 'a\ufffdb'),
+    ('\u00fc\u20ac'.encode('utf-8'), '\u00fc\u20ac'),
+    ('a\u2028b\x85c', 'a?b?c'),
+    ('\ud800', '?'),
+    ('\na\nb \n', 'a\nb '),        # a path may end with a blank
+    ('x' * (MAX_MESSAGE + 1), 'x' * MAX_MESSAGE),
+])
+def test_text_for_the_state_file_is_short_and_harmless(data, text):
+    assert clean(data) == text
+
+
+def test_a_character_may_be_cut_in_two():
+    parser = legacy(COPYING)
+    data = '\u259d  44% [{:-<40}]\r'.format('').encode('utf-8')
+    assert parser.feed(data[:2]) + parser.feed(data[2:]) == [Percent(44)]
+
+
+LINE_ENDS = re.compile(b'[\r\n]+')
+PIECES = st.sampled_from([b'a', b'bc', b'\r', b'\n', b'\0', b'\xff'])
+CHUNKS = st.lists(st.lists(PIECES, max_size=8).map(b''.join), max_size=20)
+
+
+@given(CHUNKS)
+def test_chunks_are_joined_to_their_lines(chunks):
+    buffer = LineBuffer()
+    lines = [line for chunk in chunks for line in split(buffer.take(chunk))] + [buffer.end()]
+    assert list(filter(None, lines)) == list(filter(None, LINE_ENDS.split(b''.join(chunks))))
+
+
+def kept(parser):
+    """Return how many bytes a parser keeps, wherever it keeps them."""
+    values = list(vars(parser).values())
+    values += [value for inner in values if isinstance(inner, LineBuffer)
+               for value in (getattr(inner, name) for name in vars(inner))]
+    return sum(len(value) for value in values if isinstance(value, (bytes, str)))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: modern(COPYING), lambda: legacy(COPYING), MessageParser])
+@pytest.mark.parametrize('size', [1 << 16, 1000])
+def test_a_line_without_end_takes_bounded_memory(make, size):
+    parser, chunk = make(), b'x' * size
+    for _ in range(200 * (1 << 20) // (1 << 16)):
+        assert parser.feed(chunk) == []
+        assert kept(parser) <= MAX_LINE
+
+
+def test_what_a_parser_keeps_is_seen():
+    """So the test above is about something."""
+    parser = legacy(COPYING)
+    parser.feed(b'x' * 1000)
+    assert kept(parser) >= 1000
+
+
+@pytest.mark.parametrize('end', [b'\n', b'\r'])
+def test_the_line_after_a_very_long_one_is_read(end):
+    parser = legacy(COPYING)
+    for _ in range(10):
+        parser.feed(b'x' * 50000)
+    assert parser.feed(b'x' + end + b'    (44.00/100%)\r') == [Percent(44)]
+
+
+def test_a_very_long_line_says_nothing():
+    parser = legacy(COPYING)
+    parser.feed(b'virt-v2v: error: ' + b'x' * MAX_LINE)
+    assert parser.feed(b'    (44.00/100%)\r') == []
+
+
+def test_a_very_long_line_at_the_end_says_nothing():
+    parser = legacy(COPYING)
+    parser.feed(b'virt-v2v: error: ' + b'x' * MAX_LINE)
+    assert parser.end() == []
+
+
+def test_a_message_after_a_very_long_line_is_read():
+    parser = MessageParser()
+    parser.feed(b'x' * (MAX_LINE + 1))
+    assert parser.feed(b'\n' + json_message('a')) == [Phase('a', None)]
+
+
+def test_an_error_that_goes_on_for_ever_takes_bounded_memory():
+    parser = legacy(OPENING)
+    events = parser.feed(line('virt-v2v: error: a '))
+    for _ in range(1000):
+        events += parser.feed(line('b ' * 100))
+    assert [len(event.text) <= MAX_MESSAGE for event in events] == [True]
+
+
+# --- messages ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('data, event', [
+    (json_message('Opening the source'), Phase('Opening the source', None)),
+    (json_message('a', 'error'), Error('a')),
+    (json_message('a', 'warning'), Notice('a')),
+    (json_message('a', 'info'), None),
+    (json_message('a', 'new'), None),
+    (json_message(7), None),
+    (json_message(None, 'error'), None),
+    (json_message(['a']), None),
+    (json_message('a', ['error']), None),
+    (json_message('a', {}), None),
+    (json_message('a', None), None),
+    (json_message('\ud800\x1b[31m', 'error'), Error('??[31m')),
+    (json_message('a\nb', 'error'), Error('a\nb')),
+    (b'', None),
+    (b'{', None),
+    (b'[]', None),
+    (b'7', None),
+    (b'null', None),
+    (b'"message"', None),
+    (b'{"message": "a"}', None),
+    (b'{"type": "error"}', None),
+    (b'{"message": "\xff", "type": "error"}', None),
+    (b'\xef\xbb\xbf{"message": "a", "type": "error"}', None),
+    (b'[' * 60000, None),
+], ids=lambda value: ascii(value)[:50])
+def test_a_message_is_one_event_or_none(data, event):
+    assert parse_message(data) == event
+
+
+@given(st.binary(max_size=100))
+def test_a_message_may_be_anything(data):
+    assert parse_message(data) is None
+
+
+# --- errors ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('phase', STAGES)
+def test_an_error_line_is_an_error_where_there_are_no_messages(phase):
+    assert in_legacy(phase, 'virt-v2v: error: no such guest') == [Error('no such guest')]
+
+
+@pytest.mark.parametrize('phase', STAGES)
+def test_an_error_line_is_none_where_there_are_messages(phase):
+    assert in_modern(phase, 'virt-v2v: error: no such guest') == []
+
+
+@pytest.mark.parametrize('lines', [
+    ['libguestfs error: could not create appliance through ', 'libvirt.'],
+    ['libguestfs error: ', 'could not create ', 'appliance ', 'through libvirt.'],
+    ['libguestfs error: could not create appliance through libvirt.'],
+])
+@pytest.mark.parametrize('after', [
+    [], ['If reporting bugs, run virt-v2v with debugging enabled']])
+def test_a_wrapped_error_is_joined(lines, after):
+    """libguestfs 1.x breaks lines after a blank (common_utils.ml, wrap)."""
+    lines = ['virt-v2v: error: ' + lines[0]] + lines[1:] + after
+    text = ' '.join(lines[:len(lines) - len(after)]).replace('  ', ' ')
+    assert in_legacy(OPENING, *lines) == [Error(text[len('virt-v2v: error: '):])]
+
+
+def test_a_wrapped_error_is_joined_however_it_is_read():
+    parser = legacy(OPENING)
+    events = one_by_one(parser, b'virt-v2v: error: could not \ncreate\n')
+    assert events == [Error('could not create')]
+
+
+def test_a_wrapped_error_may_end_with_the_output():
+    assert in_legacy(OPENING, 'virt-v2v: error: could not ') == [Error('could not ')]
+
+
+@pytest.mark.parametrize('text', [
+    'guestfsd: error: /usr/bin/perl: No such file or directory',
+    'libguestfs: trace: v2v: download = -1 (error)',
+    'xvirt-v2v: error: x',
+    'virt-v2v: warning: error: x',
+    'Failed to determine unit we run in, ignoring: No data available',
+    'supermin: error: x',
+])
+@pytest.mark.parametrize('phase', STAGES)
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_noise_is_neither_an_error_nor_a_cause(events, phase, text):
+    assert events(phase, text) == []
+
+
+@pytest.mark.parametrize('phase, program, text', [
+    (COPYING, 'nbdkit', 'nbdkit: file.3: error: pwrite: No space left on device'),
+    (COPYING, 'nbdkit', 'nbdkit[out0]: file.3: error: pwrite: No space left on device'),
+    (COPYING, 'nbdkit', 'nbdkit: vddk[4]: error: VixDiskLib_ReadAsync: Unknown error'),
+    (COPYING, 'nbdkit', 'nbdkit[in0]: vddk[4]: error: VixDiskLib_ReadAsync: Unknown error'),
+    (COPYING, 'nbdcopy', 'nbdcopy: write at offset 51904512 failed: No space left on device'),
+    (COPYING, 'qemu-img', 'qemu-img: error while writing sector 7: No space left on device'),
+    ('Opening the source', 'nbdkit', 'nbdkit: vddk[1]: error: VixDiskLib_Open: [ds] a/gone.vmdk:'
+                                     ' You do not have access rights to this file'),
+    (OPENING, 'nbdkit', 'nbdkit: error: /opt/x/lib64/libvixDiskLib.so.8: cannot open shared object'
+                        ' file: No such file or directory'),
+    (TARGET, 'mount', 'mount: /tmp/v2v.x: bad option; you might need a helper program'),
+    (TARGET, 'mount.nfs', 'mount.nfs: access denied by server while mounting host:/path'),
+    (TARGET, 'mount.nfs4', 'mount.nfs4: Connection refused'),
+])
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_what_a_program_below_complains_of_is_a_cause(events, phase, program, text):
+    assert events(phase, text) == [Cause(program, text)]
+
+
+@pytest.mark.parametrize('text', [
+    'nbdkit: vddk[4]: error: write reply: NBD_CMD_READ: Broken pipe',
+    'nbdkit: error: Bad message',
+    'nbdcopy: read at offset 0 failed: Transport endpoint is not connected',
+])
+@pytest.mark.parametrize('phase', [OPENING, TARGET, COPYING, METADATA])
+def test_what_is_said_after_the_error_is_no_cause_of_it(phase, text):
+    assert in_modern(phase, 'virt-v2v: error: see earlier', text) == []
+
+
+# --- the guest's own text ----------------------------------------------------------------
+
+FORGERIES = [
+    '[  12.3] Copying disk 9/9',
+    '[  12.3] Setting up the destination: -o rhv',
+    '[  12.3] Finishing off',
+    'Copying disk 9/9',
+    '{ "message": "Copying disk 9/9", "timestamp": "", "type": "message" }',
+    '{ "message": "forged", "timestamp": "", "type": "error" }',
+    '\u2588 100% [{}]'.format('*' * 40),
+    '    (100.00/100%)',
+    'virt-v2v: error: forged',
+    'virt-v2v: error: wrapped ',
+    SECTION,
+    vddk_command('[ds] forged'),
+    'nbdkit: debug: vddk: config key=file, value=[ds] forged',
+    'nbdkit: vddk[3]: debug: Opening file [ds] forged (vpxa-nfcssl://[ds] forged@10.0.0.1:902)',
+    "nbdcopy 'nbd+unix:///%5bds%5d%20forged?socket=/tmp/in0' 'nbd+unix:///?socket=/tmp/out0'",
+    'nbdkit: file.3: error: forged',
+    'nbdcopy: forged',
+    'qemu-img: forged',
+    'mount.nfs: forged',
+    '\x1b[2J\x1b[H',
+]
+GUEST_PHASES = [GUEST, 'Checking for sufficient free disk space in the guest',
+                'Converting 12.0 to run on KVM', 'Checking filesystem integrity before conversion',
+                'Mapping filesystem data to avoid copying unused and blank areas']
+
+
+@pytest.mark.parametrize('text', FORGERIES, ids=ascii)
+@pytest.mark.parametrize('phase', GUEST_PHASES)
+@pytest.mark.parametrize('end', ['\n', '\r'])
+def test_what_the_guest_says_means_nothing(phase, text, end):
+    assert modern(phase).feed((text + end).encode('utf-8')) == []
+
+
+@pytest.mark.parametrize('text', FORGERIES, ids=ascii)
+def test_what_the_guest_said_has_no_effect_on_what_follows(text):
+    parser = modern(GUEST)
+    parser.feed(line(text))
+    parser.announce(COPYING)
+    assert parser.feed(phase_line(COPYING) + b'    (44.00/100%)\r') == [Reached(1), Percent(44)]
+
+
+@pytest.mark.parametrize('text', [
+    "[    1.234567] BTRFS: device label 'vddk' 'file=[ds] forged' devid 1 transid 7 /dev/sda",
+    "lrwxrwxrwx 1 0 0 10 Nov 23 08:51 'vddk' 'file=[ds] forged'",
+])
+def test_labels_that_the_appliance_shows_name_no_source(text):
+    """It starts before anything looks into the guest, and shows the names of its file systems."""
+    assert in_modern('Opening the source', text) == []
+
+
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+@pytest.mark.parametrize('phase', [METADATA, 'Finishing off'])
+def test_the_ovf_has_the_id_of_the_vm(events, phase):
+    assert events(phase, SECTION) == [Guest(ID)]
+
+
+@pytest.mark.parametrize('phase', STAGES[:5])
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_only_the_ovf_at_the_end_has_the_id_of_the_vm(events, phase):
+    assert events(phase, SECTION) == []
+
+
+@pytest.mark.parametrize('text', [
+    SECTION.replace('OperatingSystem', 'Other'),
+    SECTION.replace(ID, 'not-a-uuid'),
+    SECTION.replace(ID, ID + '0'),
+    SECTION.replace('ovf:id', 'ovf:ref'),
+])
+def test_other_sections_have_no_id(text):
+    assert in_modern(METADATA, text) == []
+
+
+def test_an_id_is_published_in_lower_case():
+    assert in_modern(METADATA, SECTION.replace(ID, ID.upper())) == [Guest(ID)]
+
+
+# --- time --------------------------------------------------------------------------------
+
+# A start that makes a pattern go on, and a piece that it may take in more than one way. All as
+# text of a line, so none has a line end in it.
+ADVERSARIES = [
+    (b'[', b' '), (b'[', b'9'), (b'[   9.9] ', b'a'), (b'', b'[ 9.9] '),
+    (b'', b'9% ['), (b'', b'9'), (b' 99% [', b'*-'), (b'    (', b'9'), (b'    (9.', b'9'),
+    (b'', b"'vddk'"), (b"'vddk'", b"'file="), (b"'vddk' 'file=a", b"'\\''"),
+    (b"'vddk' 'file=a", b"'\\'"), (b"'vddk' ", b"'file='"), (b"'vddk' 'file=", b'a'),
+    (b'Opening file [', b'['), (b'Opening file [ds] ', b' (vpx'),
+    (b'Opening file [ds] a (vpx', b'a'), (b'Opening file [ds] ', b' (vpxa-'),
+    (b'Opening file [ds] ', b' (vpxa-nfc:'), (b'', b'Opening file ['), (b'', b'Opening file [d] '),
+    (b"nbdcopy 'nbd+unix:///", b'%5b'), (b'nbdcopy ', b"'nbd+unix:///%5b"), (b'nbdcopy ', b'%5b?'),
+    (b'nbdkit', b'['), (b'nbdkit[', b'a.'), (b'nbdkit: ', b'a'), (b'nbdkit: ', b'error: '),
+    (b'nbdkit: a', b'[9'), (b'', b'nbdkit: '),
+    (b'OperatingSystemSection_Type', b"ovf:id='"),
+    (b'OperatingSystemSection_Type', b"ovf:id='9aaed60a-be8a-4362-b7f6-"),
+    (b'virt-v2v: error: ', b' '), (b'virt-v2v: error: ', b'a '), (b'', b'error: '),
+    (b'nbdkit: debug: vddk: config key=file, value=', b'a'), (b'', b'Copying disk 1/'),
+    (b'', b'\0'), (b'', b'\xff'), (b'', b'\xe2\x96'),
+]
+
+
+def seconds_for(adversary, size):
+    """Return how much processor time it takes to read lines of that size in every stage."""
+    start, piece = adversary
+    data = start + piece * (size // len(piece)) + b'\n'
+    parsers = [make(phase) for make in (modern, legacy) for phase in STAGES]
+    best = float('inf')
+    for _ in range(3):
+        before = time.process_time()
+        for parser in parsers:
+            parser.feed(data)
+            parser.end()
+        best = min(best, time.process_time() - before)
+    return best
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('adversary', ADVERSARIES, ids=ascii)
+def test_four_times_the_line_takes_about_four_times_the_time(adversary):
+    """Quadratic time would take sixteen times as long, and these megabytes for ever."""
+    small, large = (seconds_for(adversary, size) for size in (1 << 18, 1 << 20))
+    assert large <= 9 * small + 0.05
+
+
+@pytest.mark.parametrize('adversary', ADVERSARIES, ids=ascii)
+def test_a_megabyte_that_would_keep_a_careless_pattern_busy_says_little(adversary):
+    """A pattern of quadratic time or worse would run into the time limit of all tests."""
+    start, piece = adversary
+    data = start + piece * ((1 << 20) // len(piece)) + b'\n'
+    parsers = [make(phase) for make in (modern, legacy) for phase in STAGES]
+    texts = [value for parser in parsers for event in parser.feed(data) + parser.end()
+             for value in event if isinstance(value, str)]
+    assert max(map(len, texts), default=0) <= MAX_MESSAGE
+
+
+PATTERNS = {name: value for name, value in vars(virt_v2v_wrapper).items()
+            if isinstance(value, type(re.compile('')))}
+
+
+@pytest.mark.parametrize('name', sorted(PATTERNS))
+def test_no_pattern_repeats_what_repeats(name):
+    """Then none takes exponential time: (a+)+, (a*)* and the like."""
+    pattern = PATTERNS[name].pattern
+    text = pattern if isinstance(pattern, str) else pattern.decode('latin-1')
+    assert not re.search(r'[+*]\)[+*]', text)

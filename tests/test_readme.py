@@ -1,0 +1,398 @@
+"""The README is true: its examples, commands and tables are those of the script."""
+import collections
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+
+import pytest
+import virt_v2v_wrapper as script
+
+import processes
+from blackbox import ABSENT, SCRIPT, become
+from eventually import eventually
+from virt_v2v import bar, copying, error, phase, reach, source, stdout, wait
+
+ROOT = os.path.dirname(SCRIPT)
+VM_ID = '6f6a3c2e-3b7f-4d0c-9a0b-1f0a5f2c8f11'
+OVF = ("<Section ovf:id='%s' ovf:required='false'"
+       " xsi:type='ovf:OperatingSystemSection_Type'>\n" % VM_ID)
+STAGES = ['started', 'copying', 'finished', 'failed']
+# An example that is not named here is one that no test looks at.
+TESTED = (['start', 'start-prompt', 'ssh', 'wait', 'show', 'cancel', 'dead', 'request',
+           'answer', 'errors'] + ['state ' + stage for stage in STAGES])
+# Constants of the script, and how the README gives each of them.
+CONSTANTS = {'MAX_REQUEST': 'at most {} bytes', 'MAX_TEXT': 'at most {} bytes',
+             'STOP_GRACE': '{:.0f} s later', 'VDSM_LOG_DIR': '| `{}` |',
+             'VDSM_STATE_DIR': '| `{}` |', 'VDDK_LIBDIR': '| `{}` |', 'MOUNT_POINT': '`{}`',
+             'SCRATCH_DIR': '`{}/v2v-'}
+
+
+# --- reading the README ------------------------------------------------------------------
+
+with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as stream:
+    README = stream.read()
+
+
+def blocks():
+    """Return [(name or '', text)] of all fenced blocks."""
+    return re.findall(r'^(?:<!-- test: ([\w -]+) -->\n)?```\w+\n(.*?)^```$', README, re.M | re.S)
+
+
+def block(name):
+    """Return the text of the block with that name."""
+    return dict(blocks())[name]
+
+
+def example(name):
+    """Return the value of the JSON block with that name."""
+    return json.loads(block(name), object_pairs_hook=collections.OrderedDict)
+
+
+def table(header):
+    """Return the rows, as lists of cells, of the table whose header begins so."""
+    lines = README[README.index('\n' + header) + 1:].split('\n\n')[0].splitlines()
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
+
+
+def quoted(cell):
+    """Return what is in backquotes."""
+    return re.findall('`([^`]+)`', cell)
+
+
+def first_cells(header):
+    """Return what is in backquotes in the first column of a table."""
+    return [text for row in table(header) for text in quoted(row[0])]
+
+
+def test_every_example_is_tested():
+    assert sorted(name for name, _ in blocks()) == sorted(TESTED)
+
+
+# --- tables and constants ----------------------------------------------------------------
+
+def test_the_request_table_has_the_keys_of_the_script():
+    assert first_cells('| key | needed') == [rule[0] for rule in script._RULES]
+
+
+def test_the_request_table_says_what_is_needed():
+    needed = [row[1] for row in table('| key | needed')]
+    assert needed == ['yes' if default is script._MANDATORY else 'no'
+                      for _, default, _, _ in script._RULES]
+
+
+def test_the_request_table_has_the_defaults():
+    defaults = [row[3] for row in table('| key | needed')]
+    assert defaults == ['' if default is script._MANDATORY else '`%s`' % json.dumps(default)
+                        for _, default, _, _ in script._RULES]
+
+
+def test_the_option_table_has_the_options_of_the_script(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(['--help'])
+    known = set(re.findall(r'--[a-z][a-z-]*', capsys.readouterr().out))
+    directories = [quoted(row[3])[0] for row in table('| what | as')]
+    assert directories == ['--' + name.replace('_', '-') for name in script.Options._fields]
+    assert known == set(directories) | {'--help', '--version'}
+    assert [option for option in known if '`%s`' % option not in README] == []
+
+
+def test_the_exit_statuses_are_those_of_the_script():
+    statuses = {value for name, value in vars(script).items() if name.startswith('EXIT_')}
+    assert {int(row[0]) for row in table('| exit status |')} == statuses
+
+
+@pytest.mark.parametrize('name', sorted(CONSTANTS))
+def test_limits_and_places_are_those_of_the_script(name):
+    assert CONSTANTS[name].format(getattr(script, name)) in README
+
+
+def test_the_files_it_names_are_there():
+    named = re.findall(r'`(?:sudo )?(tests/[\w./-]+)', README)
+    assert named
+    assert [path for path in named if not os.path.exists(os.path.join(ROOT, path))] == []
+
+
+def test_the_quick_start_commands_can_be_executed():
+    commands = [command.replace('sudo ', '') for command in first_cells('| command |')]
+    assert commands == ['tests/lab/demo', 'tests/run']
+    assert all(os.access(os.path.join(ROOT, command), os.X_OK) for command in commands)
+
+
+# --- request and answer ------------------------------------------------------------------
+
+def test_the_example_of_a_request_is_valid_and_has_all_keys():
+    request = script.parse_request(block('request').encode('utf-8'))
+    assert request.unknown == ()
+    assert list(example('request')) == [rule[0] for rule in script._RULES]
+
+
+def without_numbers(paths):
+    """Return {key: file name} with each number replaced."""
+    return {key: re.sub(r'\d+', 'N', os.path.basename(path)) for key, path in paths.items()}
+
+
+def test_the_example_of_an_answer_is_like_a_real_one(wrapper):
+    answer = json.loads(wrapper.start().stdout.decode(),
+                        object_pairs_hook=collections.OrderedDict)
+    assert list(example('answer')) == list(answer) == list(script.Paths._fields)
+    assert without_numbers(example('answer')) == without_numbers(answer)
+
+
+def errors(first, end):
+    """Return some lines of the examples of errors."""
+    return ''.join(block('errors').splitlines(True)[first:end])
+
+
+def test_the_examples_of_a_wrong_request_are_real(wrapper):
+    job = wrapper.start(wrapper.request(vmware_uri='esx://root:password@esx.example.com',
+                                        vmware_password=ABSENT, vmware_fingerprint='0A:0B'))
+    assert (job.status, job.stderr.decode()) == (script.EXIT_REQUEST, errors(0, 3))
+
+
+def test_the_examples_of_a_host_that_cannot_are_real(wrapper):
+    job = wrapper.start(wrapper.request(export_domain=wrapper.home), '--log-dir', wrapper.log_dir,
+                        '--state-dir', wrapper.state_dir, '--vddk-libdir', '/nonexistent',
+                        environment={'PATH': wrapper.home})
+    assert (job.status, job.stderr.decode()) == (script.EXIT_HOST, errors(3, 6))
+
+
+# --- the state file ----------------------------------------------------------------------
+
+def scenario(stage, disks):
+    """Return what virt-v2v does up to that stage of a conversion of the disks."""
+    if stage == 'started':
+        return [wait('end')]
+    steps = [phase('Opening the source'), [source(disk) for disk in disks]]
+    if stage == 'copying':
+        return steps + [copying(1, len(disks)), bar(37), wait('end')]
+    copies = [[copying(n + 1, len(disks)), bar(100)] for n in range(len(disks))]
+    if stage == 'failed':
+        return steps + copies[:1] + [error('nbdcopy command failed')]
+    return steps + copies + [phase('Creating output metadata'), stdout(OVF.encode()),
+                             phase('Finishing off')]
+
+
+REACHED = {
+    'started': lambda state: True,
+    'copying': lambda state: any(disk['progress'] for disk in state['disks']),
+    'finished': lambda state: 'finished' in state,
+    'failed': lambda state: 'finished' in state,
+}
+
+
+def real_state(wrapper, stage):
+    """Return the state of a job in that stage, with the disks of the example."""
+    disks = [disk['path'] for disk in example('state ' + stage)['disks']]
+    wrapper.virt_v2v.play(scenario(stage, disks))
+    job = wrapper.start(wrapper.request(source_disks=disks))
+    job.wait_state(REACHED[stage], stage)
+    with open(job.paths.state_file, encoding='utf-8') as stream:
+        state = json.load(stream, object_pairs_hook=collections.OrderedDict)
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    return state
+
+
+def shape(value):
+    """Return keys, in their order, and types."""
+    if isinstance(value, dict):
+        return [(key, shape(item)) for key, item in value.items()]
+    if isinstance(value, list):
+        return [shape(item) for item in value]
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        is_time = re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ', value)
+        return 'time' if is_time else 'string'
+    return 'number'
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_the_example_of_a_state_is_like_a_real_one(wrapper, stage):
+    assert shape(example('state ' + stage)) == shape(real_state(wrapper, stage))
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_the_example_of_a_state_is_written_as_the_wrapper_does(stage):
+    text = json.dumps(example('state ' + stage), indent=2, ensure_ascii=False) + '\n'
+    assert text == block('state ' + stage)
+
+
+def test_the_state_table_has_the_keys_of_all_stages():
+    keys = {key for stage in STAGES for key in example('state ' + stage)}
+    assert set(first_cells('| key | there')) == keys
+
+
+def test_the_state_table_says_what_is_always_there():
+    always = [quoted(row[0])[0] for row in table('| key | there') if row[1] == 'always']
+    assert set(always) == set(example('state started'))
+
+
+# --- commands for a shell ----------------------------------------------------------------
+
+class Shell:
+    """Runs the README's commands as the wrapper's user, in its home, with the script on PATH."""
+
+    def __init__(self, wrapper):
+        self._wrapper = wrapper
+        self._path = ':'.join([wrapper.virt_v2v.bin, os.path.dirname(shutil.which('jq')),
+                               '/usr/bin', '/bin'])
+        command = ' '.join(map(shlex.quote, wrapper.command()))
+        wrapper.add_program('virt-v2v-wrapper.py', '#!/bin/sh\nexec %s\n' % command)
+
+    def popen(self, text, job=None):
+        """Start the commands; for a job, STATE is its state file."""
+        environment = self._wrapper.environment(
+            PATH=self._path, STATE=job.paths.state_file if job else None)
+        return subprocess.Popen(
+            ['bash', '-c', text], cwd=self._wrapper.home, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(become, self._wrapper.user))
+
+    def run(self, text, job=None, stdin=b''):
+        """Run the commands and return their status and output."""
+        with self.popen(text, job) as process:
+            output = process.communicate(stdin, timeout=60)[0].decode()
+        return process.returncode, output
+
+    def write_request(self, **overrides):
+        """Write request.json where the commands look for it."""
+        with open(os.path.join(self._wrapper.home, 'request.json'), 'w') as stream:
+            json.dump(self._wrapper.request(**overrides), stream)
+
+
+@pytest.fixture
+def shell(wrapper):
+    if not shutil.which('jq'):
+        pytest.skip('jq is missing')
+    return Shell(wrapper)
+
+
+def running(wrapper, *steps):
+    """Start a job that plays the steps, then waits for "end" and succeeds."""
+    wrapper.virt_v2v.play(*steps, reach('middle'), wait('end'))
+    job = wrapper.start()
+    wrapper.virt_v2v.wait_for('middle')
+    return job
+
+
+def ended(wrapper, *steps):
+    """Return a job that played the steps and is over."""
+    wrapper.virt_v2v.play(*steps)
+    job = wrapper.start()
+    job.wait_finished()
+    return job
+
+
+def test_starting_with_a_request_in_a_file(wrapper, shell):
+    request = json.dumps(wrapper.request()).encode()
+    status, output = shell.run(block('start') + 'cat "$STATE"', stdin=request)
+    assert (status, json.loads(output)['started']) == (0, True)
+    assert 'request.json' not in wrapper.files()
+
+
+def test_nobody_else_can_read_the_request_file(wrapper, shell):
+    shell.run(block('start').splitlines()[0], stdin=b'{}')
+    path = os.path.join(wrapper.home, 'request.json')
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_starting_with_a_typed_password(wrapper, shell):
+    shell.write_request(vmware_password=ABSENT)
+    status, output = shell.run(block('start-prompt') + 'cat "$STATE"', stdin=b'it\'s "\\$1 ok\n')
+    assert (status, json.loads(output)['started']) == (0, True)
+    assert wrapper.recorded().password == b'it\'s "\\$1 ok'
+
+
+def test_starting_over_ssh(wrapper, shell):
+    wrapper.add_program('ssh', '#!/bin/sh\nshift\nexec sh -c "$*"\n')
+    shell.write_request()
+    status, output = shell.run(block('ssh'))
+    assert (status, json.loads(output)['started']) == (0, True)
+
+
+@pytest.mark.parametrize('steps, verdict', [([], 'converted\n'),
+                                            ([error('no')], 'not converted\n')])
+def test_waiting_for_the_end(wrapper, shell, steps, verdict):
+    mark = os.path.join(wrapper.home, 'waited')
+    wrapper.add_program('sleep', '#!/bin/sh\n: > %s\nexec /bin/sleep "$1"\n' % mark)
+    wrapper.virt_v2v.play(wait('end'), *steps)
+    job = wrapper.start()
+    with shell.popen(block('wait'), job) as process:
+        eventually(lambda: os.path.exists(mark), 'the command waits')
+        wrapper.virt_v2v.let('end')
+        assert process.communicate(timeout=60)[0].decode() == verdict
+
+
+def test_waiting_ends_when_the_state_file_is_gone(wrapper, shell):
+    job = ended(wrapper)
+    os.unlink(job.paths.state_file)
+    assert shell.run(block('wait'), job)[1].endswith('not converted\n')
+
+
+def test_showing_the_progress(wrapper, shell):
+    job = running(wrapper, source('[ds] a/b c.vmdk'), copying(1, 2), bar(37))
+    job.wait_state(lambda state: state['disks'] and state['disks'][0]['progress'], 'progress')
+    assert shell.run(block('show'), job) == (0, '37% [ds] a/b c.vmdk\n')
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+
+
+def test_showing_why_it_failed(wrapper, shell):
+    job = ended(wrapper, error('it is broken'))
+    assert shell.run(block('show'), job) == (0, 'it is broken\n')
+
+
+def test_showing_why_it_failed_shows_nothing_after_a_success(wrapper, shell):
+    assert shell.run(block('show'), ended(wrapper)) == (0, '')
+
+
+def test_cancelling(wrapper, shell):
+    job = running(wrapper)
+    assert shell.run(block('cancel'), job) == (0, '')
+    message = job.wait_finished()['last_message']['message']
+    assert message == 'the wrapper was told to stop by SIGTERM'
+
+
+def test_cancelling_virt_v2v_itself(wrapper, shell):
+    job = running(wrapper)
+    command = re.search(r'`(kill -TERM "[^`]*\.pid[^`]*)`', README).group(1)
+    assert shell.run(command, job) == (0, '')
+    assert job.wait_finished()['failed'] is True
+
+
+def test_nothing_is_killed_after_the_end(wrapper, shell):
+    status, output = shell.run(block('cancel'), ended(wrapper))
+    assert (status != 0, output) == (True, '')
+
+
+def test_a_job_that_runs_is_not_called_dead(wrapper, shell):
+    job = running(wrapper)
+    assert shell.run(block('dead'), job)[1] == ''
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+
+
+def test_a_job_that_has_ended_is_not_called_dead(wrapper, shell):
+    job = ended(wrapper)
+    wrapper.wait_gone()
+    assert shell.run(block('dead'), job)[1] == ''
+
+
+def test_a_job_whose_processes_were_all_killed_is_called_dead(wrapper, shell):
+    job = running(wrapper)
+    state = job.state()
+    scratch = wrapper.recorded().environment[b'TMPDIR']
+    guardian = int(processes.status(state['wrapper_pid'])['PPid'])
+    for process in guardian, state['wrapper_pid'], state['pid']:
+        os.kill(process, signal.SIGKILL)
+    wrapper.wait_gone()
+    shutil.rmtree(scratch)
+    assert shell.run(block('dead'), job)[1] == 'dead\n'
+    assert 'finished' not in job.state()

@@ -1,0 +1,312 @@
+"""Recorded output of real conversions, and what the state file has to say about each."""
+import collections
+import json
+import lzma
+import os
+import re
+
+import pytest
+
+from virt_v2v_wrapper import (
+    Ending, MessageParser, OutputParser, Phase, Start, error_text, failure_text, finished_document,
+    fold, no_progress, state_document)
+
+CAPTURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'captures')
+# A message among the lines of the log: a write of its own, so it may follow a bar that ended in CR.
+INLINE_MESSAGE = re.compile(rb'(?<![^\r\n])\{ "message": [^\n]*\n')
+# What a condensed recording keeps, with the line before and the line after each; of the hundreds of
+# steps of qemu-img's progress only the ends.
+OF_INTEREST = re.compile(
+    rb"\[ *[0-9]+\.[0-9]\] |virt-v2v: error|% \[|\((0|100)\.00/100%|'vddk'|'file=|Opening file"
+    rb"|nbdcopy|OperatingSystemSection|kit: .*error: ")
+VERY_LONG = 2000
+
+
+def recorded(name):
+    """Return the bytes of a recording."""
+    with lzma.open(os.path.join(CAPTURES, name + '.xz')) as stream:
+        return stream.read()
+
+
+# --- a recording, as virt-v2v wrote it ---------------------------------------------------
+
+class Recording:
+    """Output, and messages as (offset in the output where each was written, bytes)."""
+
+    def __init__(self, output, messages):
+        self.output = output
+        self.messages = messages
+
+
+def with_inline_messages(log):
+    """Return the Recording in a log with the messages among its lines."""
+    messages, taken = [], 0
+    for match in INLINE_MESSAGE.finditer(log):
+        messages.append((match.start() - taken, match.group()))
+        taken += len(match.group())
+    return Recording(INLINE_MESSAGE.sub(b'', log), messages)
+
+
+def with_separate_messages(log, lines):
+    """Return the Recording of a log and of messages that went elsewhere.
+
+    Each was written just before the line of the same text.
+    """
+    messages, offset = [], 0
+    for line in lines.splitlines(True):
+        text = json.loads(line.decode('utf-8'))['message'].encode('utf-8')
+        line_start = re.compile(rb'^[^\n]*' + re.escape(text), re.MULTILINE)
+        offset = line_start.search(log, offset).start()
+        messages.append((offset, line))
+    return Recording(log, messages)
+
+
+def load(name):
+    """Return the Recording of that name."""
+    log = recorded(name + '.log')
+    if os.path.exists(os.path.join(CAPTURES, name + '.json.xz')):
+        return with_separate_messages(log, recorded(name + '.json'))
+    return with_inline_messages(log)
+
+
+def condensed(recording):
+    """Return the Recording with the lines that matter and their neighbours only."""
+    lines = re.findall(rb'[^\r\n]*[\r\n]|[^\r\n]+\Z', recording.output)
+    matters = [bool(OF_INTEREST.search(line)) and len(line) < VERY_LONG for line in lines]
+    messages, kept, offset = list(recording.messages), [], 0
+    result = []
+    for number, line in enumerate(lines):
+        while messages and messages[0][0] <= offset:
+            result.append((sum(map(len, kept)), messages.pop(0)[1]))
+        if any(matters[max(0, number - 1):number + 2]) and len(line) < VERY_LONG:
+            kept.append(line)
+        offset += len(line)
+    return Recording(b''.join(kept), result + [(len(b''.join(kept)), m) for _, m in messages])
+
+
+# --- playing it --------------------------------------------------------------------------
+
+class Player:
+    """Does with the bytes what the wrapper's monitor does."""
+
+    def __init__(self, messages, listed):
+        self.progress = no_progress(listed)
+        self._messages = MessageParser()
+        self._output = OutputParser(messages)
+
+    def message(self, data):
+        events = self._messages.feed(data)
+        for event in events:
+            if isinstance(event, Phase):
+                self._output.announce(event.text)
+        self._apply(events)
+
+    def output(self, data):
+        self._apply(self._output.feed(data))
+
+    def end(self):
+        self._apply(self._output.end())
+
+    def _apply(self, events):
+        for event in events:
+            self.progress = fold(self.progress, event)
+
+
+def play(recording, cuts, messages, listed=()):
+    """Return the Progress at the end of a recording whose output is read in pieces.
+
+    Before each piece all messages are read that virt-v2v had written by then.
+    """
+    player = Player(messages, listed)
+    waiting = list(recording.messages)
+    edges = [0] + list(cuts) + [len(recording.output)]
+    for start, end in zip(edges, edges[1:]):
+        while waiting and waiting[0][0] <= end:
+            player.message(waiting.pop(0)[1])
+        player.output(recording.output[start:end])
+    player.end()
+    return player.progress
+
+
+def in_pieces(recording, size):
+    """Return where to cut the output for pieces of that size; None for one piece."""
+    return range(size, len(recording.output), size) if size else ()
+
+
+# --- what is in them ---------------------------------------------------------------------
+
+Conversion = collections.namedtuple('Conversion', 'messages disks count phase error vm_id')
+LOGIN = ("exception: libvirt: VIR_ERR_INTERNAL_ERROR: VIR_FROM_ESX: internal error: HTTP response"
+         " code 500 for call to 'Login'. Fault: ServerFaultCode - Cannot complete login due to an"
+         " incorrect user name or password.")
+FULL = ('nbdcopy command failed, see earlier error messages (nbdkit: file.3: error: pwrite: No'
+        ' space left on device; nbdcopy: write at offset 51904512 failed: No space left on device)')
+
+CONVERSIONS = {
+    '2.2.0-vddk-three-disks': Conversion(
+        True, [('[ds] slow3/slow3.vmdk', 100), ('[ds] slow3/slow3_1.vmdk', 100),
+               ('[ds] slow3/slow3_2.vmdk', 100)], 3, 'Finishing off', None,
+        '4aaed60a-be8a-4362-b7f6-9252502c72fc'),
+    '2.2.0-vddk-one-disk': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 100)], 1, 'Finishing off', None,
+        'da425721-8c5c-43f7-bc6b-5feaae7f3311'),
+    '2.2.0-vddk-bad-password': Conversion(
+        True, [], 0, 'Setting up the source: -i libvirt -ic'
+        ' esx://root@127.0.0.1:8989?no_verify=1 -it vddk lab1', LOGIN, None),
+    '2.2.0-vddk-disk-full': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 0)], 1, 'Copying disk 1/1', FULL, None),
+    '2.2.0-vddk-sigterm': Conversion(
+        True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', None, None),
+    '2.2.0-vddk-sigkill': Conversion(
+        True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', None, None),
+    '2.2.0': Conversion(
+        True, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
+        '3f14867f-454f-4214-ae97-19a114110527'),
+    '2.10.0': Conversion(
+        True, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
+        '290bb2e7-8dcf-4f20-820d-16947ed1bbda'),
+    '1.40.2': Conversion(
+        False, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
+        '9a070ebc-048f-4e3b-a412-e2f72f8fdbc1'),
+    '1.36.13': Conversion(False, [], 0, 'Opening the overlay', None, None),
+}
+NAMES = sorted(CONVERSIONS)
+LOADED = {name: load(name) for name in NAMES}
+
+
+def replayed(name, listed=()):
+    """Return the Progress at the end of that recording, read in one piece."""
+    return play(LOADED[name], (), CONVERSIONS[name].messages, listed)
+
+
+def document(progress):
+    """Return the state of a conversion that goes on."""
+    return state_document(Start(4711, 4710, '2026-11-23T08:00:00Z'), progress)
+
+
+# --- the facts ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recording_has_its_disks_with_their_progress(name):
+    disks = document(replayed(name))['disks']
+    assert [(disk['path'], disk['progress']) for disk in disks] == CONVERSIONS[name].disks
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recording_has_its_number_of_disks(name):
+    assert document(replayed(name))['disk_count'] == CONVERSIONS[name].count
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recording_has_its_last_phase(name):
+    phase = document(replayed(name))['phase']
+    assert re.sub(' -o rhv.*| to /.*', '', phase) == CONVERSIONS[name].phase
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recording_has_its_error(name):
+    assert error_text(replayed(name)) == CONVERSIONS[name].error
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recording_has_the_id_of_its_vm(name):
+    assert document(replayed(name)).get('vm_id') == CONVERSIONS[name].vm_id
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if CONVERSIONS[name].error])
+def test_the_error_of_a_recording_is_published(name):
+    assert document(replayed(name))['last_message'] == {
+        'type': 'error', 'message': CONVERSIONS[name].error}
+
+
+def test_listed_disks_are_those_that_are_copied():
+    listed = tuple(path for path, _ in CONVERSIONS['2.2.0-vddk-three-disks'].disks[::-1])
+    disks = document(replayed('2.2.0-vddk-three-disks', listed))['disks']
+    assert [(disk['path'], disk['progress']) for disk in disks] == [(path, 100) for path in listed]
+
+
+@pytest.mark.parametrize('name', ['2.2.0', '2.10.0', '1.40.2'])
+def test_listed_disks_stand_in_for_those_that_nothing_names(name):
+    disks = document(replayed(name, ('[ds] b', '[ds] a')))['disks']
+    assert [tuple(disk.values()) for disk in disks] == [('[ds] b', 100), ('[ds] a', 100)]
+
+
+def finished(name, return_code):
+    """Return the final state of that recording."""
+    progress = replayed(name)
+    message = failure_text(return_code, error_text(progress), None)
+    return finished_document(document(progress), Ending(return_code, message, '2026-11-23'))
+
+
+@pytest.mark.parametrize('name, return_code, message', [
+    ('2.2.0-vddk-disk-full', 1, FULL),
+    ('2.2.0-vddk-sigterm', 1, 'virt-v2v ended with status 1 and no error message, as it does when a'
+                              ' signal tells it to stop'),
+    ('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL'),
+])
+def test_the_final_state_says_why_it_failed(name, return_code, message):
+    assert finished(name, return_code)['last_message'] == {'type': 'error', 'message': message}
+
+
+# --- in pieces ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('size', [1 << 16, 7])
+@pytest.mark.parametrize('name', NAMES)
+def test_it_does_not_matter_in_what_pieces_output_is_read(name, size):
+    pieces = in_pieces(LOADED[name], size)
+    assert play(LOADED[name], pieces, CONVERSIONS[name].messages) == replayed(name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', NAMES)
+def test_output_may_be_read_byte_by_byte(name):
+    pieces = in_pieces(LOADED[name], 1)
+    assert play(LOADED[name], pieces, CONVERSIONS[name].messages) == replayed(name)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_condensed_recording_says_the_same(name):
+    """So the tests that cut it up are about something."""
+    assert play(condensed(LOADED[name]), (), CONVERSIONS[name].messages) == replayed(name)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_condensed_output_may_be_read_byte_by_byte(name):
+    recording = condensed(LOADED[name])
+    pieces = in_pieces(recording, 1)
+    assert play(recording, pieces, CONVERSIONS[name].messages) == replayed(name)
+
+
+def wrong_cuts(name, step=1):
+    """Return the places where the output, cut in two there, says something else."""
+    recording, expected = condensed(LOADED[name]), replayed(name)
+    return [cut for cut in range(1, len(recording.output), step)
+            if play(recording, (cut,), CONVERSIONS[name].messages) != expected]
+
+
+@pytest.mark.parametrize('name', [
+    '1.36.13', '2.2.0-vddk-bad-password', '2.2.0-vddk-disk-full', '1.40.2'])
+def test_output_may_be_cut_in_two_at_any_byte(name):
+    assert wrong_cuts(name) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', NAMES)
+def test_output_of_any_recording_may_be_cut_in_two_at_any_byte(name):
+    assert wrong_cuts(name) == []
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if CONVERSIONS[name].messages])
+def test_messages_may_be_read_byte_by_byte(name):
+    lines = b''.join(line for _, line in LOADED[name].messages)
+    whole, pieces = MessageParser(), MessageParser()
+    events = [event for byte in range(len(lines)) for event in pieces.feed(lines[byte:byte + 1])]
+    assert events == whole.feed(lines)
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if CONVERSIONS[name].messages])
+def test_all_messages_may_be_there_before_any_output(name):
+    early = [(0, line) for _, line in LOADED[name].messages]
+    recording = Recording(LOADED[name].output, early)
+    disks = document(play(recording, (), True))['disks']
+    assert [disk['path'] for disk in disks] == [path for path, _ in CONVERSIONS[name].disks]
