@@ -66,8 +66,8 @@ MAX_MESSAGE = 4096
 
 # Below malloc's threshold for mmap, so that the buffer is not mapped anew for each read.
 CHUNK = 1 << 16
-# What an ordinary user may ask for (/proc/sys/fs/pipe-max-size): fewer wake-ups.
-PIPE_SIZE = 1 << 20
+# Larger than usual for fewer wake-ups, but not by much: a user has 64 MiB for all, pipe(7).
+PIPE_SIZE = 1 << 18
 F_SETPIPE_SZ = 1031                 # fcntl.F_SETPIPE_SZ is there from Python 3.10 on
 
 PUBLISH_INTERVAL = 0.1              # seconds between two writes of mere progress
@@ -140,7 +140,10 @@ class UsageError(WrapperError):
 
 def os_problem(subject, error):
     """Return the Problem that OSError `error` is for `subject`, without the file's name in it."""
-    return Problem(subject, error.strerror or type(error).__name__)
+    text = error.strerror or type(error).__name__
+    # With Python 3.6, subprocess puts the name behind it.
+    known = os.strerror(error.errno) if error.errno else text
+    return Problem(subject, text if text.endswith(known) else known)
 
 
 def internal_problem(error):
@@ -516,14 +519,15 @@ def _guest_id(line):
 # For each stage: literals that are cheap to look for in a whole chunk, and what to make of a line
 # that holds one. Measured: three literals cost less than any regular expression.
 _ERRORS = ((b'error: ', _plain_error), (b'error: ', _nbdkit_cause))
+_OVF_LOOK = (b'OperatingSystemSection_Type', _guest_id)
 _LOOKS = {
     _OPENING: _ERRORS + ((b"'vddk'", _nbdkit_source),),
     _GUEST: (),
     _TARGET: _ERRORS + ((b'mount', _program_cause),),
     _COPYING: _ERRORS + ((b'%', _percent), (b'%5', _nbdcopy_source),
                          (b'Opening file [', _vddk_opening), (b'nbdcopy: ', _program_cause),
-                         (b'qemu-img: ', _program_cause)),
-    _METADATA: _ERRORS + ((b'OperatingSystemSection_Type', _guest_id),),
+                         (b'qemu-img: ', _program_cause), _OVF_LOOK),
+    _METADATA: _ERRORS + (_OVF_LOOK,),
     _OVER: (),
 }
 # Versions without JSON messages: their errors may come at any time, the first of them have nbdkits
@@ -591,6 +595,7 @@ class OutputParser:
         self._announced = OrderedDict() if messages else None       # bytes of a phase: its text
         self._looks = _LOOKS if messages else _PLAIN_LOOKS
         self._stage = _OPENING
+        self._copies = 0        # how many have begun
         self._buffer = LineBuffer()
         self._error = None      # text of an error that goes on in the next line
 
@@ -675,12 +680,14 @@ class OutputParser:
             return None
         if self._announced is None:
             return clean(match.group(1))
-        if match.group(1) not in self._announced:
+        # Others may be announced before it: their lines come glued to something else at times.
+        # But not those of copies, and a guest may know what will be announced after it.
+        text = self._announced.get(match.group(1))
+        copying = phase(text).copying if text else None
+        if copying and copying[0] != self._copies + 1:
             return None
-        while True:             # forget those before it, too: their lines have been missed
-            data, text = self._announced.popitem(last=False)
-            if data == match.group(1):
-                return text
+        self._copies += bool(copying)
+        return self._announced.pop(match.group(1), None)
 
     def _enter(self, text):
         """Go to the stage that phase `text` begins."""
@@ -746,7 +753,7 @@ def _on_phase(progress, event):
 
 def _on_reached(progress, event):
     progress = progress._replace(current=event.number, causes=())
-    if event.number in [0] + [copy.number for copy in progress.copies]:
+    if event.number <= max([0] + [copy.number for copy in progress.copies]):
         return progress
     done = tuple(copy._replace(percent=100) for copy in progress.copies)
     return progress._replace(copies=done + (_new_copy(progress, event.number),))
@@ -792,7 +799,7 @@ def _on_cause(progress, event):
 
 
 def _on_guest(progress, event):
-    return progress._replace(vm_id=progress.vm_id or event.vm_id)
+    return progress._replace(vm_id=event.vm_id)
 
 
 _FOLDS = {Phase: _on_phase, Reached: _on_reached, Percent: _on_percent, Source: _on_source,
@@ -1001,21 +1008,27 @@ def job_directories(options, identity, inherited):
 def make_first_missing(directory, identity):
     """As root: make the first missing directory on the way to `directory`, for `identity`.
 
-    Only where nobody but root may write can nothing be slipped in between. The account makes the
-    rest itself. Raises HostError.
+    Returns its path, None if nothing was made. Only where nobody but root may write can nothing be
+    slipped in between. The account makes the rest itself. Raises HostError.
     """
     parts = directory.strip('/').split('/')
     ancestors = ['/' + '/'.join(parts[:n]) for n in range(1, len(parts) + 1)]
     missing = next((path for path in ancestors if not os.path.lexists(path)), None)
     if missing is None:
-        return
+        return None
     try:
         parent = os.stat(os.path.dirname(missing))
-        if parent.st_uid == 0 and not parent.st_mode & 0o022:
-            os.mkdir(missing, 0o755)
+        if parent.st_uid != 0 or parent.st_mode & 0o022:
+            return None
+        os.mkdir(missing, 0o755)
+        try:
             os.chown(missing, identity.uid, identity.gid, follow_symlinks=False)
+        except OSError:
+            os.rmdir(missing)
+            raise
     except OSError as error:
         raise HostError(os_problem(missing, error)) from None
+    return missing
 
 
 def open_private_directory(directory):
@@ -1154,10 +1167,14 @@ class WrapperLog:
 
     def exception(self, text):
         """Note where the exception being handled came from, but not its text: it may be secret."""
-        import traceback
         kind, error, trace = sys.exc_info()
-        reason = getattr(error, 'strerror', None) or kind.__name__
-        self._write('ERROR', '\n'.join([text + ': ' + reason] + traceback.format_tb(trace)))
+        lines = [text + ': ' + (getattr(error, 'strerror', None) or kind.__name__)]
+        try:
+            import traceback
+            lines += traceback.format_tb(trace)
+        except Exception:           # whatever is wrong here, it is no reason to stop either
+            pass
+        self._write('ERROR', '\n'.join(lines))
 
     def _write(self, level, text):
         # Line ends are escaped, so that no name can forge a record.
@@ -1176,35 +1193,28 @@ class StateFile:
     """The state file: replaced as a whole, so that a reader sees the old or the new one."""
 
     def __init__(self, directory_fd, name):
+        """Take `name`. Raises FileExistsError if it is taken; OSError."""
         self._directory = directory_fd
         self._name = name
-        self._temporary = '.' + name + '.tmp'
-
-    def exists(self):
-        """Say whether the state was published at all."""
+        # Nobody else has this name, so what a killed process of this job left there may go.
+        self._temporary = '.{}.{}.tmp'.format(name, os.urandom(4).hex())
         try:
-            os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
+            self._create_temporary({})
+            os.link(self._temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        finally:
+            self._remove_temporary()
 
     def read(self):
-        """Return the state published last. Raises OSError."""
+        """Return the state published last, empty if none was. Raises OSError."""
         fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._directory)
         with open(fd, encoding='utf-8') as stream:
             return json.load(stream, object_pairs_hook=OrderedDict)
 
     def write(self, document):
         """Publish `document` durably. Raises OSError; then the file is as it was before."""
-        text = json.dumps(document, indent=2, ensure_ascii=False) + '\n'
-        self._remove_temporary()        # of a process killed while it wrote
+        self._remove_temporary()
         try:
-            fd = create_exclusively(self._temporary, 0o644, self._directory)
-            try:
-                write_all(fd, text.encode('utf-8'))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            self._create_temporary(document)
             os.rename(self._temporary, self._name, src_dir_fd=self._directory,
                       dst_dir_fd=self._directory)
         except OSError:
@@ -1213,10 +1223,18 @@ class StateFile:
         os.fsync(self._directory)
 
     def remove(self):
-        """Remove it, if it is there. Raises OSError."""
+        """Remove it. Raises OSError."""
         self._remove_temporary()
-        if self.exists():
-            os.unlink(self._name, dir_fd=self._directory)
+        os.unlink(self._name, dir_fd=self._directory)
+
+    def _create_temporary(self, document):
+        text = json.dumps(document, indent=2, ensure_ascii=False) + '\n'
+        fd = create_exclusively(self._temporary, 0o644, self._directory)
+        try:
+            write_all(fd, text.encode('utf-8'))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _remove_temporary(self):
         try:
@@ -1288,6 +1306,8 @@ def remove_tree(path):
         _remove(path, None)
     except FileNotFoundError:
         pass
+    except OSError as error:
+        LOG.warning('temporary files %s: %s', os.fsdecode(path), error.strerror)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1342,6 +1362,31 @@ def shed_inheritance():
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
+def kill_group(pid):
+    """Kill process group `pid`, if anything is left of it."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def run_program(argv, environment, patience, stderr):
+    """Run a program that ends by itself; return its status and its output (bytes).
+
+    `stderr` is as for Popen. Raises OSError; subprocess.TimeoutExpired after `patience` seconds,
+    when it has been killed with all that it started.
+    """
+    child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
+    with child:
+        try:
+            output = child.communicate(timeout=patience)[0]
+        except subprocess.TimeoutExpired:
+            kill_group(child.pid)
+            raise
+    return child.returncode, output
+
+
 def mount_export_domain(spec):
     """As root: mount NFS export `spec` where only this job sees it; return the mount point.
 
@@ -1352,17 +1397,16 @@ def mount_export_domain(spec):
         os.makedirs(MOUNT_POINT, mode=0o755, exist_ok=True)
         _system_call('unshare', CLONE_NEWNS)
         _system_call('mount', None, b'/', None, ctypes.c_ulong(MS_REC_SLAVE), None)
-        result = subprocess.run(
+        status, output = run_program(
             ['mount', '-t', 'nfs', '-o', 'nosuid,nodev,noexec', '--', spec, MOUNT_POINT],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=MOUNT_PATIENCE, env={'PATH': ADMIN_PATH, 'LC_ALL': 'C'})
+            {'PATH': ADMIN_PATH, 'LC_ALL': 'C'}, MOUNT_PATIENCE, stderr=subprocess.STDOUT)
     except OSError as error:
         raise HostError(os_problem('export_domain', error)) from None
     except subprocess.TimeoutExpired:
         raise HostError(Problem('export_domain', 'could not be mounted within {:.0f} s'.format(
             MOUNT_PATIENCE))) from None
-    if result.returncode != 0:
-        said = ' '.join(clean(result.stdout).split()) or 'status {}'.format(result.returncode)
+    if status != 0:
+        said = ' '.join(clean(output).split()) or 'status {}'.format(status)
         raise HostError(Problem('export_domain', 'could not be mounted: ' + said))
     return MOUNT_POINT
 
@@ -1480,10 +1524,10 @@ def _children():
     return children
 
 
-def kill_descendants():
-    """Kill all children, and theirs, which come to us (adopt_orphans), until none is left."""
+def kill_descendants(spared=None):
+    """Kill all children but `spared`, and theirs, which come to us (adopt_orphans), to the last."""
     for _ in range(1000):               # each round gets at least one, unless they fork faster
-        children = _children()
+        children = [pid for pid in _children() if pid != spared]
         if not children:
             return
         for pid in children:
@@ -1492,14 +1536,6 @@ def kill_descendants():
             except PermissionError:     # it has become somebody else
                 continue
             os.waitpid(pid, 0)
-
-
-def kill_group(pid):
-    """Kill process group `pid`, if anything is left of it."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def ending_of(pid):
@@ -1511,26 +1547,6 @@ def ending_of(pid):
     if info is None:
         return None
     return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-def ask_program(argv, environment):
-    """Run a program that answers at once; return the lines it prints, None for another status.
-
-    Raises HostError if it cannot be run, or does not end.
-    """
-    try:
-        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                 start_new_session=True)
-    except OSError as error:
-        raise HostError(os_problem('virt-v2v', error)) from None
-    with child:
-        try:
-            output = child.communicate(timeout=PROBE_PATIENCE)[0]
-        except subprocess.TimeoutExpired:
-            kill_group(child.pid)
-            raise HostError(Problem('virt-v2v', 'does not answer')) from None
-    return None if child.returncode else output.decode('utf-8', 'replace').split()
 
 
 class Pipe:
@@ -1751,6 +1767,7 @@ class Monitor:
 
     def __init__(self, job, output, messages):
         """Start virt-v2v and publish that. Raises HostError."""
+        adopt_orphans()     # as the guardian does, which may be killed
         self._job = job
         self._messages = messages
         self._capability = self._ask_virt_v2v()
@@ -1775,9 +1792,16 @@ class Monitor:
     def _ask_virt_v2v(self):
         def ask(option):
             argv = [self._job.virt_v2v, option.encode('ascii')]
-            lines = ask_program(argv, self._job.environment)
-            LOG.info('virt-v2v %s: %s', option, 'refused' if lines is None else ' '.join(lines))
-            return lines
+            try:
+                status, output = run_program(argv, self._job.environment, PROBE_PATIENCE,
+                                             stderr=subprocess.DEVNULL)
+            except OSError as error:
+                raise HostError(os_problem('virt-v2v', error)) from None
+            except subprocess.TimeoutExpired:
+                raise HostError(Problem('virt-v2v', 'does not answer')) from None
+            lines = output.decode('utf-8', 'replace').split()
+            LOG.info('virt-v2v %s: status %d: %s', option, status, ' '.join(lines))
+            return lines if status == 0 else None
         return capabilities(ask)
 
     def _execute(self, output):
@@ -1864,6 +1888,8 @@ class Monitor:
         with self._surviving():
             self._apply(self._parser.end())
             self._publisher.publish(at_once=True)
+        self._job.output_log.write(b'')
+        kill_descendants(spared=self._child.pid)
         remove_tree(self._job.scratch)
         message = failure_text(return_code, error_text(self._progress), self._follower.stopped_by)
         LOG.info('virt-v2v ended with %d: %s', return_code, message or 'success')
@@ -1897,11 +1923,9 @@ def monitor(job, link, output, messages):
 
 def take_over(job, output, messages, reason):
     """The monitor is gone, because of `reason`: end virt-v2v and publish that."""
-    if not job.state.exists():
-        return                      # nobody was told of this job
     state = job.state.read()
-    if 'finished' in state:
-        return
+    if 'started' not in state or 'finished' in state:
+        return                      # nobody was told of this job, or all is said
     LOG.error('%s', reason)
     return_code = None
     try:
@@ -1967,44 +1991,57 @@ class Files:
     """The files of one job, created exclusively under a name that no other job has."""
 
     def __init__(self, log_dir, log_fd, state_dir, state_fd):
-        """Create the logs. The descriptors are of the directories. Raises HostError."""
+        """Create them. The descriptors are of the directories. Raises HostError."""
         self._log_fd = log_fd
-        stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
         self._logs = []
+        self._state_fd = state_fd
+        stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
         for candidate in [stem] + ['{}-{}'.format(stem, n) for n in range(2, 100)]:
-            self.state = StateFile(state_fd, candidate + '.state')
-            if self._create_logs(candidate):
+            if self._create(candidate):
                 break
         else:
             raise HostError(Problem(log_dir, 'all names for a log are taken'))
-        wrapper_log, v2v_log = (os.path.join(log_dir, name) for name in self._logs)
-        self.paths = Paths(wrapper_log, v2v_log, os.path.join(state_dir, candidate + '.state'))
+        self.paths = Paths(os.path.join(log_dir, candidate + '-wrapper.log'),
+                           os.path.join(log_dir, candidate + '.log'),
+                           os.path.join(state_dir, candidate + '.state'))
 
-    def _create_logs(self, stem):
-        """Create both logs; return False if any of the three names is taken."""
-        names = [stem + '-wrapper.log', stem + '.log']
+    def _create(self, stem):
+        """Create the files; return False if any of the three names is taken."""
+        self.state = None
         try:
-            if self.state.exists():
-                return False
-            fds = []
-            for name in names:
-                fds.append(create_exclusively(name, 0o640, self._log_fd))
-                self._logs.append(name)
+            self.wrapper_log = self._create_log(stem + '-wrapper.log')
+            self.v2v_log = self._create_log(stem + '.log')
+            self.state = StateFile(self._state_fd, stem + '.state')
         except FileExistsError:
             self.discard()
             return False
         except OSError as error:
             self.discard()
-            raise HostError(os_problem('log', error)) from None
-        self.wrapper_log, self.v2v_log = fds
+            raise HostError(os_problem('logs and state file', error)) from None
         return True
+
+    def _create_log(self, name):
+        fd = create_exclusively(name, 0o640, self._log_fd)
+        self._logs.append(name)
+        return fd
 
     def discard(self):
         """Remove all of them, of a job that nobody was told of."""
         for name in self._logs:
             os.unlink(name, dir_fd=self._log_fd)
         self._logs = []
-        self.state.remove()
+        if self.state:
+            self.state.remove()
+
+
+def _drop_or_undo(identity, made):
+    """Become `identity`, or remove the directories `made` for it. Raises HostError."""
+    try:
+        drop_privileges(identity)
+    except HostError:
+        for path in filter(None, made):
+            os.rmdir(path)
+        raise
 
 
 def prepare(request, options):
@@ -2026,9 +2063,8 @@ def prepare(request, options):
     log_dir, state_dir = job_directories(options, identity, os.environ)
     directory = attempt(export_directory, request.export_domain, identity)
     if identity.drop:
-        for path in (log_dir, state_dir):
-            attempt(make_first_missing, path, identity)
-        drop_privileges(identity)
+        made = [attempt(make_first_missing, path, identity) for path in (log_dir, state_dir)]
+        _drop_or_undo(identity, made)
     root = attempt(export_domain_root, directory) if directory else None
     libdir = options.vddk_libdir or VDDK_LIBDIR
     attempt(check_vddk_libdir, libdir)

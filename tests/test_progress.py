@@ -169,8 +169,14 @@ def test_the_phase_is_the_latest_one():
     assert document(copying(1, 1) + finishing())['phase'] == 'Finishing off'
 
 
-def test_the_id_of_the_vm_is_the_first_one():
-    assert document([Guest('first'), Guest('second')])['vm_id'] == 'first'
+def test_the_id_of_the_vm_is_the_last_one():
+    """The OVF is the last that virt-v2v prints; what came before may be the guest's."""
+    assert document([Guest('first'), Guest('second')])['vm_id'] == 'second'
+
+
+def test_a_copy_does_not_begin_after_a_later_one():
+    events = [Reached(2), Percent(10), Reached(1)]
+    assert [disk['progress'] for disk in document(events)['disks']] == [10]
 
 
 def test_a_warning_is_no_error():
