@@ -1,0 +1,543 @@
+"""Every ending is published, and the end of virt-v2v is the end."""
+import os
+import re
+import resource
+import signal
+
+import pytest
+
+import processes
+from blackbox import DOMAIN
+from eventually import eventually
+from faults import Disk, disk, guardian, last_message, tamper, traced
+from virt_v2v import (
+    bar, copying, daemon, die, error, fork, ignore, json_message, leave, phase, reach, repeat,
+    source, stdout, wait)
+
+DISK = '[ds1] vm/vm.vmdk'
+SHORT_GRACE = 'module.STOP_GRACE = module.STOP_GRACE_UNKNOWN = 0.2'
+
+
+def start_waiting(wrapper, *steps):
+    """Start a job that plays steps, then waits for "end"; return it when it waits."""
+    wrapper.virt_v2v.play(*steps, reach('waiting'), wait('end'))
+    job = wrapper.start()
+    wrapper.virt_v2v.wait_for('waiting')
+    return job
+
+
+def ended(wrapper, job):
+    """Return the final state of a job, of which nothing may be left."""
+    state = job.wait_finished()
+    wrapper.wait_gone()
+    assert state['finished'] is True
+    return state
+
+
+def failed(wrapper, job):
+    """Return (return code, message) of a job that has failed, of which nothing may be left."""
+    state = ended(wrapper, job)
+    assert state['failed'] is True
+    return state.get('return_code'), last_message(state)
+
+
+# --- virt-v2v ends -----------------------------------------------------------------------
+
+def test_status_0_is_success(wrapper):
+    wrapper.virt_v2v.play(leave(0))
+    state = ended(wrapper, wrapper.start())
+    assert (state['return_code'], 'failed' in state, 'last_message' in state) == (0, False, False)
+
+
+@pytest.mark.parametrize('status', [1, 2, 126, 255])
+def test_any_other_status_is_a_failure(wrapper, status):
+    wrapper.virt_v2v.play(leave(status))
+    return_code, message = failed(wrapper, wrapper.start())
+    assert return_code == status
+    assert message.startswith('virt-v2v ended with status %d ' % status)
+
+
+@pytest.mark.parametrize('number, name', [
+    (signal.SIGKILL, 'SIGKILL'), (signal.SIGSEGV, 'SIGSEGV'), (signal.SIGALRM, 'SIGALRM'),
+    (40, 'signal 40')])
+def test_a_virt_v2v_killed_by_a_signal_has_failed(wrapper, number, name):
+    wrapper.virt_v2v.play(die(number))
+    assert failed(wrapper, wrapper.start()) == (
+        -number, 'virt-v2v was killed by ' + name)
+
+
+def test_virt_v2v_s_own_words_come_with_the_signal(wrapper):
+    wrapper.virt_v2v.play(json_message('error', 'no route to host'), die(signal.SIGKILL))
+    assert failed(wrapper, wrapper.start()) == (
+        -signal.SIGKILL, 'virt-v2v was killed by SIGKILL (no route to host)')
+
+
+# --- virt-v2v cannot be executed ---------------------------------------------------------
+
+def replace_after_questions(wrapper, command):
+    """Have virt-v2v run a command of the shell on itself when it is asked what it can do."""
+    program = wrapper.virt_v2v.program
+    for path in (wrapper.virt_v2v.bin, program):
+        os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    answer = os.path.join(wrapper.directory, 'stand-in', 'answers', '--machine-readable=fd:1')
+    with open(program, 'w') as stream:
+        stream.write('#!/bin/sh\n/bin/cat %s\n%s\n' % (answer, command))
+
+
+@pytest.mark.parametrize('command, problem', [
+    ('/bin/rm "$0"', 'No such file or directory'),
+    ('/bin/chmod 0 "$0"', 'Permission denied'),
+    ('/bin/cp /dev/null "$0".new; echo text > "$0".new; /bin/chmod 755 "$0".new;'
+     ' /bin/mv "$0".new "$0"', 'Exec format error')])
+def test_a_virt_v2v_that_cannot_be_executed_any_more_is_the_caller_s_to_know(
+        wrapper, command, problem):
+    replace_after_questions(wrapper, command)
+    job = wrapper.start()
+    wrapper.wait_gone()
+    assert (job.status, job.stdout) == (1, b'')
+    assert job.stderr == b'virt-v2v-wrapper: error: virt-v2v: %s\n' % problem.encode()
+    assert [name for name in wrapper.files() if '.' in name] == []
+
+
+def test_arguments_that_do_not_fit_are_the_caller_s_to_know(wrapper):
+    """The kernel takes 128 KiB where the stack is small: enough for us, not for virt-v2v."""
+    def small_stack():
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 19, hard))
+    job = wrapper.start(wrapper.request(vm_name='x' * 4096), prepare=small_stack,
+                        environment={'LIBGUESTFS_FILLER': 'x' * 126000})
+    wrapper.wait_gone()
+    assert (job.status, job.stdout) == (1, b'')
+    assert job.stderr == b'virt-v2v-wrapper: error: virt-v2v: Argument list too long\n'
+
+
+# --- the wrapper is killed ---------------------------------------------------------------
+
+KILLERS = [signal.SIGKILL, signal.SIGSEGV, signal.SIGQUIT, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize('number', KILLERS)
+def test_a_wrapper_that_is_killed_ends_virt_v2v_and_says_so(wrapper, number):
+    job = start_waiting(wrapper, source(DISK), copying(1, 1), bar(44))
+    before = job.wait_state(lambda state: state['disks'] and state['disks'][0]['progress'] == 44,
+                            'it is copying')
+    os.kill(before['wrapper_pid'], number)
+    return_code, message = failed(wrapper, job)
+    assert message == 'the wrapper was killed by ' + number.name
+    assert return_code == 1
+    state = job.state()
+    assert (state['disks'], state['pid']) == (before['disks'], before['pid'])
+
+
+def test_a_killed_wrapper_leaves_no_virt_v2v_that_ignores_term(wrapper):
+    tamper(wrapper, SHORT_GRACE)
+    job = start_waiting(wrapper, ignore(signal.SIGTERM))
+    os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
+    assert failed(wrapper, job) == (-signal.SIGKILL, 'the wrapper was killed by SIGKILL')
+
+
+def test_a_killed_wrapper_leaves_no_descendant_of_virt_v2v(wrapper):
+    job = start_waiting(wrapper, fork(reach('child'), wait('never')),
+                        daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
+    wrapper.virt_v2v.wait_for('child')
+    wrapper.virt_v2v.wait_for('daemon')
+    os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
+    failed(wrapper, job)
+
+
+def test_what_virt_v2v_says_after_the_wrapper_was_killed_is_in_its_log(wrapper):
+    job = start_waiting(wrapper)
+    os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
+    failed(wrapper, job)
+    assert b'virt-v2v: Exiting on signal SIGTERM\n' in job.log('v2v_log')
+
+
+def test_a_success_is_published_if_the_wrapper_is_killed_before_it_can(wrapper):
+    with disk(wrapper.state_dir, wrapper.user) as state_disk:
+        job = start_waiting(wrapper)
+        state_disk.fail()
+        before = job.state()
+        wrapper.virt_v2v.let('end')
+        eventually(lambda: is_zombie(before['pid']), 'virt-v2v has ended')
+        os.kill(before['wrapper_pid'], signal.SIGKILL)
+        state_disk.work()
+        state = ended(wrapper, job)
+    assert (state['return_code'], 'failed' in state) == (0, False)
+
+
+def test_the_end_of_a_killed_wrapper_is_published_once_there_is_room(wrapper):
+    tamper(wrapper, 'module.PUBLISH_RETRY = 0.1')
+    with disk(wrapper.state_dir, wrapper.user) as state_disk:
+        job = start_waiting(wrapper)
+        state_disk.fail()
+        os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
+        eventually(lambda: b'trying again' in job.log('wrapper_log'), 'a write has failed')
+        assert 'finished' not in job.state()
+        state_disk.work()
+        assert failed(wrapper, job) == (1, 'the wrapper was killed by SIGKILL')
+
+
+def test_a_killed_guardian_changes_nothing(wrapper):
+    job = start_waiting(wrapper, phase('Opening the source'))
+    os.kill(guardian(job), signal.SIGKILL)
+    wrapper.virt_v2v.let('end')
+    state = ended(wrapper, job)
+    assert (state['return_code'], 'failed' in state) == (0, False)
+
+
+def test_without_a_guardian_the_wrapper_still_stops_on_a_signal(wrapper):
+    job = start_waiting(wrapper)
+    os.kill(guardian(job), signal.SIGKILL)
+    os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
+    assert failed(wrapper, job) == (1, 'the wrapper was told to stop by SIGTERM')
+
+
+def test_without_a_guardian_nothing_is_left_either(wrapper):
+    job = start_waiting(wrapper, fork(reach('child'), wait('never')),
+                        daemon(reach('daemon'), wait('never')))
+    wrapper.virt_v2v.wait_for('child')
+    wrapper.virt_v2v.wait_for('daemon')
+    os.kill(guardian(job), signal.SIGKILL)
+    wrapper.virt_v2v.let('end')
+    assert ended(wrapper, job)['return_code'] == 0
+    assert not os.path.exists(scratch(wrapper))
+
+
+def test_the_guardian_passes_a_stop_signal_on(wrapper):
+    job = start_waiting(wrapper)
+    os.kill(guardian(job), signal.SIGTERM)
+    assert failed(wrapper, job) == (1, 'the wrapper was told to stop by SIGTERM')
+
+
+def scratch(wrapper):
+    """Return virt-v2v's directory for temporary files."""
+    return wrapper.recorded().environment[b'TMPDIR']
+
+
+def test_a_killed_wrapper_leaves_no_temporary_files(wrapper):
+    job = start_waiting(wrapper)
+    directory = scratch(wrapper)
+    assert os.path.isdir(directory)
+    os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
+    failed(wrapper, job)
+    assert not os.path.exists(directory)
+
+
+def test_temporary_files_that_cannot_be_removed_do_not_hide_the_ending(wrapper):
+    job = start_waiting(wrapper)
+    directory = scratch(wrapper)
+    os.chmod(directory, 0)
+    wrapper.virt_v2v.let('end')
+    try:
+        state = ended(wrapper, job)
+    finally:
+        if os.path.exists(directory):
+            os.rmdir(directory)
+    assert (state['return_code'], 'failed' in state) == (0, False)
+
+
+# --- mistakes of ours --------------------------------------------------------------------
+
+BREAK = """
+def breakable(owner, name):
+    original = getattr(owner, name)
+
+    def function(*arguments, **keywords):
+        # Not in the guardian, which leads the session.
+        if os.path.exists({mark!r}) and os.getsid(0) != os.getpid():
+            open({mark!r} + '-used', 'w').close()
+            raise KeyError('a mistake')
+        return original(*arguments, **keywords)
+    setattr(owner, name, function)
+"""
+
+
+def breaking(wrapper, name):
+    """Have a function of the script raise an exception from the step reach("broken") on."""
+    mark = os.path.join(wrapper.directory, 'stand-in', 'marks', 'broken')
+    owner, _, function = ('module.' + name).rpartition('.')
+    tamper(wrapper, '%s\n%s\nbreakable(%s, %r)' % (
+        SHORT_GRACE, BREAK.format(mark=mark), owner, function))
+
+
+def then_broken(*steps):
+    """Return the steps of copying a disk that come after something has broken."""
+    return [phase('Opening the source'), reach('broken'), source(DISK), copying(1, 1), bar(44),
+            phase('Finishing off'), *steps]
+
+
+# What follows virt-v2v, and what turns that into the state.
+PARSING = ['parse_message', 'phase', 'fold', 'clean', 'error_text', 'state_document', '_disks',
+           'MessageParser.feed', 'OutputParser.feed', 'OutputParser.announce', 'OutputParser.end',
+           'OutputParser._look', 'OutputParser._enter', 'LineBuffer.take', 'LineBuffer.end']
+
+
+@pytest.mark.parametrize('name', PARSING)
+def test_a_mistake_in_parsing_does_not_end_a_healthy_virt_v2v(wrapper, name):
+    breaking(wrapper, name)
+    wrapper.virt_v2v.play(then_broken(reach('copied'), wait('end')))
+    job = wrapper.start()
+    wrapper.virt_v2v.wait_for('copied')
+    wrapper.virt_v2v.let('end')
+    state = ended(wrapper, job)
+    assert (state['return_code'], 'failed' in state) == (0, False)
+    wrapper.virt_v2v.wait_for('broken-used')
+
+
+@pytest.mark.parametrize('name', PARSING)
+def test_a_mistake_in_parsing_does_not_hide_a_failure(wrapper, name):
+    breaking(wrapper, name)
+    wrapper.virt_v2v.play(then_broken(error('no space')))
+    return_code, message = failed(wrapper, wrapper.start())
+    assert return_code == 1
+    assert message
+
+
+def test_a_mistake_in_a_write_that_was_put_off_does_not_end_a_healthy_virt_v2v(wrapper):
+    breaking(wrapper, '_disks')
+    wrapper.virt_v2v.play(source(DISK), copying(1, 1), bar(10), wait('break'), reach('broken'),
+                          repeat(3, bar(44), bar(55)), wait('end'))
+    job = wrapper.start()
+    job.wait_state(lambda state: state['disks'] and state['disks'][0]['progress'] == 10,
+                   'it is copying')
+    wrapper.virt_v2v.let('break')
+    wrapper.virt_v2v.wait_for('broken-used')
+    wrapper.virt_v2v.let('end')
+    state = ended(wrapper, job)
+    assert (state['return_code'], 'failed' in state) == (0, False)
+
+
+@pytest.mark.parametrize('name', ['Follower._read', 'Loop._patience', 'Pipe.read'])
+def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v_and_says_so(wrapper, name):
+    breaking(wrapper, name)
+    wrapper.virt_v2v.play(then_broken(wait('never')))
+    _, message = failed(wrapper, wrapper.start())
+    assert message == 'the wrapper failed, see its log'
+
+
+# --- at any moment -----------------------------------------------------------------------
+
+# Numbers the calls that the monitor makes of the operating system, and does something at one.
+AT_CALL = """
+calls = 0
+monitor = module.monitor
+SYSTEM = ('posix', 'fcntl', 'time', 'select', '_posixsubprocess', '_signal')
+
+
+def profile(frame, event, function):
+    global calls
+    owner = getattr(function, '__module__', None) or type(
+        getattr(function, '__self__', None)).__module__
+    if event == 'c_call' and owner in SYSTEM:
+        calls += 1
+        if calls == {number}:
+            {action}
+
+
+def observed(*arguments):
+    sys.setprofile(profile)
+    status = monitor(*arguments)
+    sys.setprofile(None)
+    with open({count!r}, 'w') as stream:
+        stream.write(str(calls))
+    return status
+
+
+module.monitor = observed
+"""
+ACTIONS = {
+    'killed': 'os.kill(os.getpid(), signal.SIGKILL)',
+    'told to stop': 'os.kill(os.getpid(), signal.SIGTERM)',
+    'a mistake': 'raise KeyError(function.__name__)',
+    'an error': 'raise OSError(5, "Input/output error")',
+}
+
+
+def at_call(wrapper, number, action):
+    """Have something happen to the monitor at one of its calls of the operating system."""
+    path = os.path.join(wrapper.home, 'count')
+    settings = '%s\nmodule.PUBLISH_RETRY = 0.05\nmodule.SCRATCH_DIR = %r\n' % (
+        SHORT_GRACE, scratch_directory(wrapper))
+    tamper(wrapper, settings + AT_CALL.format(
+        number=number, action=ACTIONS[action], count=path))
+    return path
+
+
+def scratch_directory(wrapper):
+    """Return a directory for the directories of temporary files."""
+    path = os.path.join(wrapper.directory, 'tmp')
+    if not os.path.exists(path):
+        os.mkdir(path)
+        os.chmod(path, 0o777)
+    return path
+
+
+def play_short(wrapper):
+    """Have virt-v2v do a bit of everything."""
+    wrapper.virt_v2v.play(phase('Opening the source'), source(DISK), copying(1, 1), bar(44),
+                          daemon(wait('never')), phase('Finishing off'))
+
+
+def number_of_calls(wrapper):
+    """Return how many calls of the operating system the monitor makes in a short job."""
+    path = at_call(wrapper, 0, 'killed')
+    play_short(wrapper)
+    job = wrapper.start()
+    job.wait_finished()
+    wrapper.wait_gone()
+    assert left_over(wrapper, job) == []
+    with open(path) as stream:
+        return int(stream.read())
+
+
+def is_published(wrapper, number, action):
+    """Have something happen at one call; say whether the caller was told of the job.
+
+    If so, its end has to be published. In any case nothing may be left.
+    """
+    at_call(wrapper, number, action)
+    job = wrapper.start()
+    if job.status == 0:
+        state = job.wait_finished()
+        assert state.get('return_code') == 0 or (state['failed'] and last_message(state)), number
+        assert not (state.get('return_code') == 0 and 'failed' in state), number
+    wrapper.wait_gone()
+    assert left_over(wrapper, job) == [], number
+    return job.status == 0
+
+
+def left_over(wrapper, job):
+    """Return what is left of a job but its logs and state, and these, too, if it has no paths."""
+    known = [] if job.paths is None else [os.path.relpath(path, wrapper.home)
+                                          for path in job.paths]
+    left = [name for name in wrapper.files() if '.' in name and name not in known]
+    for path in job.paths or ():
+        os.unlink(path)
+    return left + os.listdir(scratch_directory(wrapper))
+
+
+def sweep(wrapper, action, share):
+    """Have something happen at so many evenly spread calls; 0 means at each of them."""
+    count = number_of_calls(wrapper)
+    numbers = range(1, count + 1, count // share if share else 1)
+    published = [is_published(wrapper, number, action) for number in numbers]
+    assert published[-1]
+    # The first calls come before anybody is told of the job.
+    assert not published[0] or action != 'killed'
+
+
+@pytest.mark.parametrize('action', sorted(ACTIONS))
+def test_whenever_something_happens_to_the_wrapper_the_ending_is_published(wrapper, action):
+    sweep(wrapper, action, 6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('action', sorted(ACTIONS))
+def test_whatever_call_something_happens_at_the_ending_is_published(wrapper, action):
+    sweep(wrapper, action, 0 if action == 'killed' else 60)
+
+
+@pytest.mark.long
+def test_killed_at_any_system_call_the_ending_is_published(wrapper):
+    for name, count in system_calls(wrapper):
+        job = start_waiting(wrapper, phase('Opening the source'))
+        with traced(job.state()['wrapper_pid'], '-e', 'trace=' + name, '-e',
+                    'inject=%s:signal=KILL:when=%d' % (name, count)):
+            wrapper.virt_v2v.let('end')
+            state = job.wait_finished()
+        assert state['return_code'] in (0, 1)
+        assert ('failed' in state) is (state['return_code'] != 0)
+        if 'failed' in state:
+            assert last_message(state) == 'the wrapper was killed by SIGKILL'
+        wrapper.wait_gone()
+        wrapper.use('2.2.0')
+
+
+def system_calls(wrapper):
+    """Return the monitor's system calls at the end as (name, how many of that came by then)."""
+    job = start_waiting(wrapper, phase('Opening the source'))
+    with traced(job.state()['wrapper_pid']) as log:
+        wrapper.virt_v2v.let('end')
+        job.wait_finished()
+        wrapper.wait_gone()
+        names = re.findall(r'^(\w+)\(', log(), re.MULTILINE)
+    wrapper.use('2.2.0')
+    assert 'exit_group' in names
+    return [(name, names[:n + 1].count(name)) for n, name in enumerate(names)]
+
+
+# --- the end of virt-v2v is the end ------------------------------------------------------
+
+BURST = b''.join(b'line %06d of many\n' % number for number in range(60000))
+
+
+@pytest.mark.parametrize('start', [fork, daemon])
+def test_a_process_that_holds_the_pipe_does_not_hold_up_the_end_and_is_killed(wrapper, start):
+    job = start_waiting(wrapper, start(ignore(signal.SIGTERM), reach('held'), wait('never')))
+    wrapper.virt_v2v.wait_for('held')
+    wrapper.virt_v2v.let('end')
+    assert ended(wrapper, job)['return_code'] == 0
+
+
+@pytest.mark.parametrize('start', [fork, daemon])
+def test_a_process_that_prints_for_ever_does_not_hold_up_the_end_and_is_killed(wrapper, start):
+    job = start_waiting(wrapper, start(reach('held'), repeat(10 ** 9, stdout(b'more\n'))))
+    wrapper.virt_v2v.wait_for('held')
+    wrapper.virt_v2v.let('end')
+    assert ended(wrapper, job)['return_code'] == 0
+
+
+def test_what_was_printed_right_before_the_end_is_in_the_log(wrapper):
+    assert len(BURST) > 1 << 20
+    wrapper.virt_v2v.play(stdout(BURST), leave(0))
+    job = wrapper.start()
+    ended(wrapper, job)
+    assert job.log('v2v_log') == BURST
+
+
+def test_what_was_printed_before_the_end_is_in_the_log_while_another_holds_the_pipe(wrapper):
+    wrapper.virt_v2v.play(daemon(reach('held'), wait('never')), wait('go'), stdout(BURST))
+    job = wrapper.start()
+    wrapper.virt_v2v.wait_for('held')
+    wrapper.virt_v2v.let('go')
+    ended(wrapper, job)
+    assert job.log('v2v_log') == BURST
+
+
+def test_an_error_right_after_a_burst_of_output_is_published(wrapper):
+    wrapper.virt_v2v.play(stdout(BURST), error('the very last words'))
+    assert failed(wrapper, wrapper.start()) == (1, 'the very last words')
+
+
+def is_zombie(process):
+    """Say whether a process has ended, but its number cannot be given to another."""
+    return processes.status(process)['State'].startswith('Z')
+
+
+@pytest.mark.parametrize('kill', [False, True])
+def test_until_the_final_state_is_out_no_other_process_can_get_the_published_pid(wrapper, kill):
+    """Also if the wrapper is killed in between; then the guardian sees to that."""
+    with disk(wrapper.state_dir, wrapper.user, Disk) as state_disk:
+        job = start_waiting(wrapper)
+        before = job.state()
+        state_disk.fail()
+        wrapper.virt_v2v.let('end')
+        eventually(lambda: is_zombie(before['pid']), 'virt-v2v has ended')
+        if kill:
+            os.kill(before['wrapper_pid'], signal.SIGKILL)
+        tries = job.log('wrapper_log').count(b'trying again')
+        eventually(lambda: job.log('wrapper_log').count(b'trying again') > tries + 1,
+                   'it goes on trying')
+        assert is_zombie(before['pid'])
+        assert job.state() == before
+        state_disk.work()
+        ended(wrapper, job)
+    assert not os.path.exists('/proc/%d' % before['pid'])
+
+
+def test_what_a_failed_conversion_left_in_the_export_domain_is_named(wrapper):
+    image = '../../export/%s/images/left' % DOMAIN
+    wrapper.virt_v2v.play(reach(image), leave(1))
+    job = wrapper.start()
+    failed(wrapper, job)
+    assert ('/export/%s/images/left' % DOMAIN).encode() in job.log('wrapper_log')
