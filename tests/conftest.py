@@ -3,9 +3,11 @@
 Importing this module loads the script, whose file name Python cannot import, as the module
 virt_v2v_wrapper; test modules just import that.
 """
+import glob
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import signal
 import sys
@@ -65,9 +67,19 @@ def job_name(request, monkeypatch):
     survivors = wait_or_kill(name, 10 if passed else 0)
     directory = os.path.join(SCRATCH, name)
     if os.path.exists(directory):
+        remove_temporary_files(directory)
         shutil.rmtree(directory)
     if survivors and passed:
         pytest.fail('the test left processes behind: %s' % survivors)
+
+
+def remove_temporary_files(directory):
+    """Remove what jobs that were killed with all their processes had to leave in /var/tmp."""
+    for path in glob.glob(os.path.join(directory, '**', '*-wrapper.log'), recursive=True):
+        with open(path, encoding='utf-8', errors='replace') as stream:
+            for scratch in re.findall(r'temporary files in (/var/tmp/v2v-[0-9a-f]{8})$',
+                                      stream.read(), re.MULTILINE):
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def wait_or_kill(name, seconds):
