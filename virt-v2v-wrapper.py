@@ -518,13 +518,13 @@ def _guest_id(line):
 
 # For each stage: literals that are cheap to look for in a whole chunk, and what to make of a line
 # that holds one. Measured: three literals cost less than any regular expression.
-_ERRORS = ((b'error: ', _plain_error), (b'error: ', _nbdkit_cause))
+_ERRORS = ((b': error: ', _plain_error), (b': error: ', _nbdkit_cause))
 _OVF_LOOK = (b'OperatingSystemSection_Type', _guest_id)
 _LOOKS = {
     _OPENING: _ERRORS + ((b"'vddk'", _nbdkit_source),),
     _GUEST: (),
     _TARGET: _ERRORS + ((b'mount', _program_cause),),
-    _COPYING: _ERRORS + ((b'%', _percent), (b'%5', _nbdcopy_source),
+    _COPYING: _ERRORS + ((b'%', _percent), (b'%', _nbdcopy_source),
                          (b'Opening file [', _vddk_opening), (b'nbdcopy: ', _program_cause),
                          (b'qemu-img: ', _program_cause), _OVF_LOOK),
     _METADATA: _ERRORS + (_OVF_LOOK,),
@@ -1300,7 +1300,8 @@ def _remove(name, directory_fd):
 def remove_tree(path):
     """Remove directory `path` and all in it, as far as possible. It need not exist."""
     try:
-        for _, directories, names, directory_fd in os.fwalk(path, topdown=False):
+        # As str: Python 3.6 mixes both kinds when it is given bytes.
+        for _, directories, names, directory_fd in os.fwalk(os.fsdecode(path), topdown=False):
             for name in names + directories:
                 _remove(name, directory_fd)
         _remove(path, None)
@@ -1890,7 +1891,8 @@ class Monitor:
             self._publisher.publish(at_once=True)
         self._job.output_log.write(b'')
         kill_descendants(spared=self._child.pid)
-        remove_tree(self._job.scratch)
+        with self._surviving():
+            remove_tree(self._job.scratch)
         message = failure_text(return_code, error_text(self._progress), self._follower.stopped_by)
         LOG.info('virt-v2v ended with %d: %s', return_code, message or 'success')
         publish_ending(self._job.state, finished_document(
