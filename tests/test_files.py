@@ -1,0 +1,549 @@
+"""Files and directories: ours alone, under names of their own, with exact modes."""
+import json
+import os
+import re
+import stat
+import subprocess
+import time
+
+import pytest
+
+from eventually import eventually
+from faults import tamper
+from virt_v2v import copying, phase, reach, wait
+
+SUFFIXES = ('{}.log', '{}-wrapper.log', '{}.state', '.{}.state.tmp')
+FOREIGN_TEXT = ('expected a directory that belongs to the user who runs the conversion, and that'
+                ' nobody else may write to')
+VICTIM = 'what was there before\n'
+
+
+def mode(path):
+    """Return the permission bits of a file."""
+    return oct(stat.S_IMODE(os.lstat(path).st_mode))
+
+
+def fingerprint(path):
+    """Return what can be said of a file without following a link or opening a FIFO."""
+    status = os.lstat(path)
+    about = [stat.S_IFMT(status.st_mode), oct(status.st_mode), status.st_ino, status.st_uid]
+    if stat.S_ISREG(status.st_mode):
+        with open(path) as stream:
+            about.append(stream.read())
+    elif stat.S_ISLNK(status.st_mode):
+        about.append(os.readlink(path))
+    elif stat.S_ISDIR(status.st_mode):
+        about.append(sorted(os.listdir(path)))
+    return about
+
+
+def error_line(problem):
+    """Return the bytes of stderr for one problem."""
+    return 'virt-v2v-wrapper: error: {}\n'.format(problem).encode()
+
+
+# --- something in the place of a file ----------------------------------------------------
+
+@pytest.fixture
+def victim(wrapper):
+    """A file that the wrapper could write to."""
+    path = os.path.join(wrapper.home, 'victim')
+    with open(path, 'w') as stream:
+        stream.write(VICTIM)
+    os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    return path
+
+
+def symlink(path, victim):
+    os.symlink(victim, path)
+
+
+def dangling_symlink(path, victim):
+    os.symlink(victim + '.missing', path)
+
+
+def fifo(path, victim):
+    os.mkfifo(path)
+
+
+def hard_link(path, victim):
+    os.link(victim, path)
+
+
+def file_of_the_caller_s(path, victim):
+    with open(path, 'w') as stream:
+        stream.write(VICTIM)
+
+
+def directory(path, victim):
+    os.mkdir(path, 0o777)
+
+
+def remove(path):
+    """Remove an obstacle."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        os.rmdir(path)
+    else:
+        os.unlink(path)
+
+
+OBSTACLES = [symlink, dangling_symlink, fifo, hard_link, file_of_the_caller_s, directory]
+
+
+def stems(seconds=30):
+    """Return the names that this process would give to its files from now on."""
+    now = time.time()
+    times = [time.strftime('%Y%m%dT%H%M%S', time.gmtime(now + n)) for n in range(seconds)]
+    return ['v2v-import-{}-{}'.format(when, os.getpid()) for when in times]
+
+
+def make_directories(wrapper):
+    """Make the wrapper's directories, as it would."""
+    for path in (wrapper.log_dir, wrapper.state_dir):
+        os.mkdir(path, 0o755)
+        os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
+
+
+def in_the_way(wrapper, pattern, put):
+    """Return a function for the wrapper's new process: put things where its files would be."""
+    place = wrapper.state_dir if 'state' in pattern else wrapper.log_dir
+
+    def prepare():
+        for stem in stems():
+            put(os.path.join(place, pattern.format(stem)))
+    return prepare
+
+
+def fingerprints(directory):
+    """Return {path: fingerprint} of all that is in a directory."""
+    paths = [os.path.join(directory, name) for name in os.listdir(directory)]
+    return {path: fingerprint(path) for path in paths}
+
+
+@pytest.mark.parametrize('obstacle', OBSTACLES)
+@pytest.mark.parametrize('pattern', SUFFIXES, ids=['v2v_log', 'wrapper_log', 'state', 'temporary'])
+def test_what_is_in_the_place_of_a_file_stays_as_it_is(wrapper, victim, pattern, obstacle):
+    """It was put there under the very names that this process will choose first."""
+    make_directories(wrapper)
+    before = {}
+    listing = os.path.join(wrapper.directory, 'listing')
+
+    def prepare():
+        in_the_way(wrapper, pattern, lambda path: obstacle(path, victim))()
+        found = dict(fingerprints(wrapper.log_dir), **fingerprints(wrapper.state_dir))
+        with open(listing, 'w') as stream:
+            json.dump(found, stream)
+    job = wrapper.start(prepare=prepare)
+    state = job.wait_finished()
+    assert 'failed' not in state
+    with open(listing) as stream:
+        before = json.load(stream)
+    assert len(before) == 30
+    assert {path: fingerprint(path) for path in before} == before
+    assert not set(job.paths) & set(before)
+    with open(victim) as stream:
+        assert stream.read() == VICTIM
+    assert not os.path.lexists(victim + '.missing')
+    for path in before:     # whoever looks at the logs afterwards would wait for the FIFO
+        remove(path)
+
+
+@pytest.mark.parametrize('pattern', SUFFIXES, ids=['v2v_log', 'wrapper_log', 'state', 'temporary'])
+def test_when_a_name_is_taken_nothing_but_the_three_files_of_another_name_is_made(
+        wrapper, victim, pattern):
+    make_directories(wrapper)
+    job = wrapper.start(prepare=in_the_way(wrapper, pattern, lambda path: symlink(path, victim)))
+    job.wait_finished()
+    made = [name for name in os.listdir(wrapper.log_dir) + os.listdir(wrapper.state_dir)
+            if not re.fullmatch(pattern.format(r'v2v-import-\w+-\w+'), name)]
+    assert sorted(made) == sorted(os.path.basename(path) for path in job.paths)
+
+
+# --- something in the place of a directory -----------------------------------------------
+
+PLACES = ('log', 'state')
+
+
+def at(wrapper, place):
+    """Return the path of the log or state directory."""
+    return {'log': wrapper.log_dir, 'state': wrapper.state_dir}[place]
+
+
+def assert_refused(wrapper, problem):
+    """Start the wrapper; assert that it says that, and leaves no file behind."""
+    job = wrapper.start()
+    assert (job.status, job.stdout, job.stderr) == (1, b'', error_line(problem))
+    wrapper.wait_gone()
+    assert wrapper.virt_v2v.runs() == []
+    assert [name for name in wrapper.files() if 'v2v-import' in name] == []
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('obstacle, text', [
+    (dangling_symlink, 'File exists'), (fifo, 'File exists'), (hard_link, 'File exists'),
+    (file_of_the_caller_s, 'File exists')])
+def test_what_is_no_directory_in_the_place_of_one_is_refused(wrapper, victim, place, obstacle,
+                                                             text):
+    path = at(wrapper, place)
+    obstacle(path, victim)
+    before = fingerprint(path)
+    assert_refused(wrapper, '{}: {}'.format(path, text))
+    assert fingerprint(path) == before
+    assert not os.path.lexists(victim + '.missing')
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_a_symlink_in_the_place_of_a_directory_is_refused(wrapper, place):
+    target = os.path.join(wrapper.home, 'target')
+    os.mkdir(target, 0o755)
+    os.chown(target, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    os.symlink(target, at(wrapper, place))
+    assert_refused(wrapper, '{}: Not a directory'.format(at(wrapper, place)))
+    assert os.listdir(target) == []
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('bits', [0o775, 0o757, 0o777, 0o1777, 0o2775, 0o702])
+def test_a_directory_that_others_may_write_to_is_refused(wrapper, place, bits):
+    make_directories(wrapper)
+    os.chmod(at(wrapper, place), bits)
+    assert_refused(wrapper, '{}: {}'.format(at(wrapper, place), FOREIGN_TEXT))
+    assert mode(at(wrapper, place)) == oct(bits)
+    assert os.listdir(at(wrapper, place)) == []
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('owner', [0, 12345])
+def test_a_directory_of_somebody_else_is_refused(wrapper, place, owner):
+    if os.getuid() != 0:
+        pytest.skip('needs root, to make a directory of another user')
+    make_directories(wrapper)
+    os.chown(at(wrapper, place), owner, owner)
+    os.chmod(at(wrapper, place), 0o755)
+    assert_refused(wrapper, '{}: {}'.format(at(wrapper, place), FOREIGN_TEXT))
+    assert os.lstat(at(wrapper, place)).st_uid == owner
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_root_makes_nothing_where_a_dangling_symlink_points_to(root_wrapper, place):
+    """Root makes the first missing directory for vdsm, in a directory that is root's alone."""
+    ours = os.path.join(root_wrapper.directory, 'ours')
+    path = os.path.join(root_wrapper.directory, 'link')
+    os.symlink(ours, path)
+    arguments = ['--log-dir', root_wrapper.log_dir, '--state-dir', root_wrapper.state_dir]
+    arguments[1 if place == 'log' else 3] = path
+    job = root_wrapper.start(None, *arguments + root_wrapper.arguments[4:])
+    assert (job.status, job.stderr) == (1, error_line(path + ': File exists'))
+    assert not os.path.lexists(ours)
+    assert os.lstat(path).st_uid == 0
+
+
+def test_root_gives_nothing_away_that_was_there_before(root_wrapper):
+    path = os.path.join(root_wrapper.directory, 'root-s')
+    os.mkdir(path, 0o755)
+    job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
+    assert (job.status, job.stderr) == (1, error_line('{}: {}'.format(path, FOREIGN_TEXT)))
+    assert os.lstat(path).st_uid == 0
+    assert os.listdir(path) == []
+
+
+@pytest.mark.parametrize('owner, group, bits', [(12345, 12345, 0o755), (0, 12345, 0o1775)])
+def test_root_makes_nothing_in_a_directory_that_others_may_write_to(root_wrapper, owner, group,
+                                                                    bits):
+    """There it could be exchanged for another one before it changes hands."""
+    shared = os.path.join(root_wrapper.directory, 'shared')
+    os.mkdir(shared)
+    os.chown(shared, owner, group)
+    os.chmod(shared, bits)
+    path = os.path.join(shared, 'log')
+    job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
+    assert (job.status, job.stderr) == (1, error_line(path + ': Permission denied'))
+    assert os.listdir(shared) == []
+
+
+# --- the directory for temporary files ---------------------------------------------------
+
+SCRATCH = """\
+names = [b'same', b'same', b'else']
+module.os.urandom = lambda count: names.pop(0)
+module.SCRATCH_DIR = {home!r}
+"""
+TAKEN = 'v2v-' + b'same'.hex()
+
+
+@pytest.mark.parametrize('obstacle', OBSTACLES)
+def test_what_is_in_the_place_of_the_directory_for_temporary_files_stays_as_it_is(
+        wrapper, victim, obstacle):
+    tamper(wrapper, SCRATCH.format(home=wrapper.home))
+    path = os.path.join(wrapper.home, TAKEN)
+    obstacle(path, victim)
+    before = fingerprint(path)
+    wrapper.start().wait_finished()
+    wrapper.wait_gone()
+    assert wrapper.recorded().environment[b'TMPDIR'].endswith(b'else'.hex().encode())
+    assert fingerprint(path) == before
+    with open(victim) as stream:
+        assert stream.read() == VICTIM
+
+
+# What virt-v2v could leave in there, and what that points to must stay.
+LEFT = """\
+#!/bin/sh
+case $1 in --*) exec "${0%/*}/../bin.real/virt-v2v" "$@" ;; esac
+/bin/ln -s "$HOME/victim" "$TMPDIR/link"
+/bin/mkdir "$TMPDIR/sub"
+/bin/ln -s "$HOME" "$TMPDIR/sub/home"
+/usr/bin/mkfifo "$TMPDIR/sub/fifo"
+echo "$TMPDIR" > "$HOME/../where"
+"""
+
+
+def test_what_temporary_links_point_to_stays_when_they_are_removed(wrapper, victim):
+    with open(os.path.join(wrapper.directory, 'where'), 'w'):
+        os.chmod(os.path.join(wrapper.directory, 'where'), 0o666)
+    identity_home = 'real = module.find_identity\n' \
+                    'module.find_identity = lambda: real()._replace(home=%r)\n' % wrapper.home
+    tamper(wrapper, identity_home)
+    os.rename(wrapper.virt_v2v.bin, wrapper.virt_v2v.bin + '.real')
+    os.mkdir(wrapper.virt_v2v.bin, 0o755)
+    wrapper.add_program('virt-v2v', LEFT)
+    wrapper.start().wait_finished()
+    wrapper.wait_gone()
+    with open(os.path.join(wrapper.directory, 'where')) as stream:
+        scratch = stream.read().strip()
+    assert scratch.startswith('/var/tmp/v2v-')
+    assert not os.path.exists(scratch)
+    with open(victim) as stream:
+        assert stream.read() == VICTIM
+
+
+# --- modes -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('umask', [0, 0o077, 0o777])
+def test_modes_are_exact_under_any_umask(wrapper, umask):
+    wrapper.virt_v2v.play(phase('Opening the source'), copying(1, 1), reach('copying'), wait('end'))
+    job = wrapper.start(umask=umask)
+    wrapper.virt_v2v.wait_for('copying')
+    scratch = wrapper.recorded().environment[b'TMPDIR']
+    modes = [mode(path) for path in job.paths + (wrapper.log_dir, wrapper.state_dir, scratch)]
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    assert modes == ['0o640', '0o640', '0o644', '0o755', '0o755', '0o700']
+    assert [mode(path) for path in job.paths] == ['0o640', '0o640', '0o644']
+
+
+@pytest.mark.parametrize('umask', [0, 0o077])
+def test_modes_and_owners_are_exact_as_root_too(root_wrapper, umask):
+    path = os.path.join(root_wrapper.directory, 'new', 'state')
+    root_wrapper.arguments[3] = path
+    job = root_wrapper.start(umask=umask)
+    job.wait_finished()
+    paths = job.paths + (root_wrapper.log_dir, path, os.path.dirname(path))
+    assert [mode(path) for path in paths] == ['0o640', '0o640', '0o644'] + ['0o755'] * 3
+    assert {(os.stat(path).st_uid, os.stat(path).st_gid) for path in paths} == {
+        (root_wrapper.user.pw_uid, root_wrapper.user.pw_gid)}
+
+
+# --- names -------------------------------------------------------------------------------
+
+# Each start takes the time and the process ID for the same; so do two starts after the clock was
+# set back, or with process IDs of their own in two containers.
+SAME_NAME = """\
+real_files, real_gmtime = module.Files, module.time.gmtime
+
+
+def files(*arguments):
+    real_getpid = os.getpid
+    os.getpid = lambda: 4242
+    module.time.gmtime = lambda *_: real_gmtime(1000000000)
+    try:
+        return real_files(*arguments)
+    finally:
+        os.getpid = real_getpid
+        module.time.gmtime = real_gmtime
+
+
+module.Files = files
+"""
+STEM = 'v2v-import-20010909T014640-4242'
+
+
+def test_names_hold_the_time_and_the_process(wrapper):
+    tamper(wrapper, SAME_NAME)
+    job = wrapper.start()
+    job.wait_finished()
+    assert job.paths == (os.path.join(wrapper.log_dir, STEM + '-wrapper.log'),
+                         os.path.join(wrapper.log_dir, STEM + '.log'),
+                         os.path.join(wrapper.state_dir, STEM + '.state'))
+
+
+def test_starts_of_the_same_name_do_not_collide(wrapper):
+    tamper(wrapper, SAME_NAME)
+    wrapper.virt_v2v.play(wait('end'))
+    jobs = [wrapper.start() for _ in range(5)]
+    states = [job.state() for job in jobs]
+    wrapper.virt_v2v.let('end')
+    for job in jobs:
+        assert job.wait_finished()['return_code'] == 0
+    assert len({path for job in jobs for path in job.paths}) == 15
+    assert len({state['pid'] for state in states}) == 5
+
+
+def start_at_once(wrapper, count):
+    """Start that many; return (status, stdout, stderr) of each."""
+    request = json.dumps(wrapper.request()).encode()
+    starts = [wrapper.popen() for _ in range(count)]
+    for process in starts:
+        process.stdin.write(request)
+    results = []
+    for process in starts:      # each of them reads only now to the end
+        process.stdin.close()
+        process.stdin = None
+    for process in starts:
+        with process:
+            stdout, stderr = process.communicate(timeout=60)
+        results.append((process.returncode, stdout, stderr))
+    return results
+
+
+def finished(path):
+    """Say whether the state in a file is final, or None if it is."""
+    with open(path) as stream:
+        return 'finished' in json.load(stream)
+
+
+@pytest.mark.parametrize('count', [8, pytest.param(60, marks=pytest.mark.long)])
+def test_starts_of_the_same_name_at_the_same_moment_do_not_collide(wrapper, count):
+    tamper(wrapper, SAME_NAME)
+    results = start_at_once(wrapper, count)
+    assert {(status, stderr) for status, _, stderr in results} == {(0, b'')}
+    printed = [json.loads(stdout.decode()) for _, stdout, _ in results]
+    assert len({path for paths in printed for path in paths.values()}) == 3 * count
+    for paths in printed:
+        eventually(lambda path=paths['state_file']: finished(path), 'the state is final')
+
+
+# Another job of the same name, which is faster by a moment. It makes its files exclusively, too,
+# and goes away if the first of them is there.
+FASTER = SAME_NAME + """
+real_create = module.create_exclusively
+
+
+def other(path):
+    with open(path, 'x') as stream:
+        stream.write('other')
+    with open({made!r}, 'a') as stream:
+        print(path, file=stream)
+
+
+def create_exclusively(name, mode, directory_fd):
+    if name.endswith('.log'):
+        try:
+            for path in {others!r}:
+                other(path)
+        except FileExistsError:
+            pass
+    return real_create(name, mode, directory_fd)
+
+
+module.create_exclusively = create_exclusively
+"""
+
+
+def test_a_start_that_finds_the_name_taken_meanwhile_leaves_the_other_s_files_alone(wrapper):
+    """Both saw that there was no state yet; the other one was the first to make its files."""
+    others = [os.path.join(wrapper.state_dir, '.' + STEM + '.state.tmp'),
+              os.path.join(wrapper.log_dir, STEM + '-wrapper.log'),
+              os.path.join(wrapper.log_dir, STEM + '.log'),
+              os.path.join(wrapper.state_dir, STEM + '.state')]
+    list_of_made = os.path.join(wrapper.home, 'made')
+    open(list_of_made, 'w').close()
+    os.chmod(list_of_made, 0o666)
+    tamper(wrapper, FASTER.format(made=list_of_made, others=others))
+    job = wrapper.start()
+    assert job.wait_finished()['return_code'] == 0
+    with open(list_of_made) as stream:
+        made = stream.read().splitlines()
+    assert not set(job.paths) & set(made)
+    assert [path for path in made if not os.path.exists(path)] == []
+    assert {open_and_read(path) for path in made} <= {'other'}
+
+
+def open_and_read(path):
+    """Return the text in a file."""
+    with open(path) as stream:
+        return stream.read()
+
+
+def test_two_jobs_with_different_log_directories_do_not_share_a_state_file(wrapper):
+    """The first has made its logs, and not yet its state, when the second one starts."""
+    tamper(wrapper, SAME_NAME + """
+def make_scratch(real=module.make_scratch):
+    mark = '{home}/named-%d' % os.getpid()
+    open(mark, 'w').close()
+    while not os.path.exists('{home}/go'):
+        module.time.sleep(0.01)
+    return real()
+
+
+module.make_scratch = make_scratch
+""".format(home=wrapper.home))
+    other_logs = wrapper.arguments[2:] + ['--log-dir', os.path.join(wrapper.home, 'log2')]
+    starts = [wrapper.popen(), wrapper.popen(*other_logs)]
+    for process in starts:
+        process.stdin.write(json.dumps(wrapper.request()).encode())
+        process.stdin.close()
+        process.stdin = None
+        named = os.path.join(wrapper.home, 'named-%d' % process.pid)
+        eventually(lambda named=named: os.path.exists(named), 'the names are chosen')
+    open(os.path.join(wrapper.home, 'go'), 'w').close()
+    results = []
+    for process in starts:
+        with process:
+            results.append(json.loads(process.communicate(timeout=60)[0].decode())['state_file'])
+    wrapper.wait_gone()
+    assert results[0] != results[1]
+
+
+def test_when_all_names_are_taken_the_start_is_refused(wrapper):
+    tamper(wrapper, SAME_NAME)
+    make_directories(wrapper)
+    taken = [STEM] + ['{}-{}'.format(STEM, number) for number in range(2, 100)]
+    for name in taken:
+        open(os.path.join(wrapper.log_dir, name + '.log'), 'w').close()
+    job = wrapper.start()
+    assert (job.status, job.stdout, job.stderr) == (
+        1, b'', error_line(wrapper.log_dir + ': all names for a log are taken'))
+    assert sorted(os.listdir(wrapper.log_dir)) == sorted(name + '.log' for name in taken)
+    assert os.listdir(wrapper.state_dir) == []
+
+
+# --- nothing of a job that was refused ---------------------------------------------------
+
+def test_a_start_that_fails_leaves_the_files_of_others_and_none_of_its_own(wrapper):
+    make_directories(wrapper)
+    other = os.path.join(wrapper.state_dir, 'v2v-import-20010101T000000-1.state')
+    file_of_the_caller_s(other, None)
+    with open(wrapper.virt_v2v.program, 'w') as stream:
+        stream.write('#!/nonexistent\n')
+    job = wrapper.start()
+    assert job.status == 1
+    wrapper.wait_gone()
+    assert os.listdir(wrapper.log_dir) == []
+    assert os.listdir(wrapper.state_dir) == [os.path.basename(other)]
+
+
+def acl_tool():
+    """Return setfacl; skip without it."""
+    try:
+        subprocess.check_output(['setfacl', '--version'])
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip('needs setfacl')
+    return 'setfacl'
+
+
+def test_a_directory_that_an_access_list_opens_to_somebody_is_refused(wrapper):
+    make_directories(wrapper)
+    if subprocess.call([acl_tool(), '-m', 'u:daemon:rwx', wrapper.state_dir]) != 0:
+        pytest.skip('this file system has no access lists')
+    assert_refused(wrapper, '{}: {}'.format(wrapper.state_dir, FOREIGN_TEXT))

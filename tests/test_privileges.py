@@ -1,0 +1,486 @@
+"""Started as root: nothing of root is left, and the export domain is mounted for the job alone."""
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import processes
+from eventually import eventually
+from faults import guardian, strace, tamper
+from virt_v2v import ignore, reach, wait
+
+IDS = ('Uid', 'Gid', 'Groups', 'CapInh', 'CapPrm', 'CapEff', 'CapAmb')
+GROUP_OF_ROOT_S = 54321
+MOUNT_POINT = '/run/virt-v2v-wrapper'
+
+
+def error_line(problem):
+    """Return the bytes of stderr for one problem."""
+    return 'virt-v2v-wrapper: error: {}\n'.format(problem).encode()
+
+
+def vdsm_s(user):
+    """Return what /proc/PID/status says of a process that is the user's and nothing else."""
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    found = {name: ['0' * 16] for name in IDS if name.startswith('Cap')}
+    return dict(found, Uid=[str(user.pw_uid)] * 4, Gid=[str(user.pw_gid)] * 4,
+                Groups=sorted(map(str, groups)))
+
+
+def privileges(status):
+    """Return the same of a process with that status."""
+    found = {name: status[name].split() for name in IDS}
+    return dict(found, Groups=sorted(found['Groups']))
+
+
+# --- what the caller may leave to the wrapper --------------------------------------------
+
+PR_SET_SECUREBITS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 28, 47, 2
+# SECBIT_NO_SETUID_FIXUP and SECBIT_KEEP_CAPS: a change of user leaves all capabilities.
+KEEP_ALL = 1 << 2 | 1 << 4
+CAPABILITY_VERSION_3 = 0x20080522
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def capabilities_of_this_process():
+    """Return the permitted ones as a number."""
+    return int(processes.status(os.getpid())['CapPrm'], 16)
+
+
+def make_inheritable():
+    """Have all capabilities of this process in its inheritable and ambient set, too."""
+    permitted = capabilities_of_this_process()
+    halves = [permitted & 0xffffffff] * 3 + [permitted >> 32] * 3
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    if libc.capset(header, (ctypes.c_uint32 * 6)(*halves)) != 0:
+        raise OSError(ctypes.get_errno(), 'capset')
+    for number in range(permitted.bit_length()):
+        if permitted >> number & 1:
+            if libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0) != 0:
+                raise OSError(ctypes.get_errno(), 'prctl')
+
+
+def keep_all():
+    """Have a change of user leave all capabilities."""
+    if libc.prctl(PR_SET_SECUREBITS, KEEP_ALL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), 'prctl')
+
+
+def more_groups():
+    """Have a group of root's own."""
+    os.setgroups([0, GROUP_OF_ROOT_S])
+
+
+def no_groups():
+    """Have no group at all."""
+    os.setgroups([])
+
+
+def everything():
+    """Have all of these."""
+    more_groups()
+    make_inheritable()
+    keep_all()
+
+
+@pytest.mark.parametrize('prepare', [more_groups, no_groups, make_inheritable, keep_all,
+                                     everything])
+def test_all_processes_are_vdsm_s_and_have_no_capabilities(root_wrapper, prepare):
+    root_wrapper.virt_v2v.play(reach('running'), wait('end'))
+    job = root_wrapper.start(prepare=prepare)
+    root_wrapper.virt_v2v.wait_for('running')
+    state = job.state()
+    found = [privileges(processes.status(process))
+             for process in (guardian(job), state['wrapper_pid'], state['pid'])]
+    found.append(privileges(root_wrapper.recorded().status))
+    root_wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    assert found == [vdsm_s(root_wrapper.user)] * 4
+
+
+def test_the_caller_does_have_what_is_given_up(root_wrapper):
+    """Otherwise the test above would show nothing."""
+    program = 'print(open("/proc/self/status").read())'
+    text = subprocess.check_output([sys.executable, '-I', '-c', program], preexec_fn=everything)
+    status = dict(line.split(':\t', 1) for line in text.decode().splitlines() if ':\t' in line)
+    found = privileges(status)
+    assert str(GROUP_OF_ROOT_S) in found['Groups']
+    assert '0' * 16 not in [found[name][0] for name in IDS if name.startswith('Cap')]
+
+
+BACK = """\
+#!/bin/sh
+case $1 in --*) ;; *) /usr/bin/python3 -I -c '
+import os
+for get_back in (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.seteuid(0),
+                 lambda: os.setresuid(-1, -1, 0), lambda: os.setgroups([0])):
+    try:
+        get_back()
+        print("back")
+    except PermissionError:
+        print("refused")
+' > "${0%/*}/../home/back" ;; esac
+exec "${0%/*}/../bin.real/virt-v2v" "$@"
+"""
+
+
+@pytest.mark.parametrize('prepare', [None, everything])
+def test_virt_v2v_cannot_get_back(root_wrapper, prepare):
+    os.rename(root_wrapper.virt_v2v.bin, root_wrapper.virt_v2v.bin + '.real')
+    os.mkdir(root_wrapper.virt_v2v.bin, 0o755)
+    root_wrapper.add_program('virt-v2v', BACK)
+    root_wrapper.start(prepare=prepare).wait_finished()
+    with open(os.path.join(root_wrapper.home, 'back')) as stream:
+        assert stream.read().split() == ['refused'] * 5
+
+
+def test_the_files_of_the_job_are_vdsm_s(root_wrapper):
+    job = root_wrapper.start()
+    job.wait_finished()
+    paths = job.paths + (root_wrapper.log_dir, root_wrapper.state_dir)
+    assert {(os.stat(path).st_uid, os.stat(path).st_gid) for path in paths} == {
+        (root_wrapper.user.pw_uid, root_wrapper.user.pw_gid)}
+
+
+# --- a step that fails -------------------------------------------------------------------
+
+def under_strace(wrapper, *options):
+    """Have the wrapper started by strace, which traces nothing but its first process."""
+    prefix = [strace(), '-o', '/dev/null'] + list(options) + ['--']
+    command = wrapper.command
+    wrapper.command = lambda *arguments: prefix + command(*arguments)
+
+
+def assert_nothing_happened(wrapper, job, *problems):
+    """Assert that a job was refused for these problems, before anything was made or started."""
+    assert (job.status, job.stdout) == (1, b'')
+    assert job.stderr == b''.join(map(error_line, problems))
+    assert wrapper.virt_v2v.probes() == []
+    assert wrapper.virt_v2v.runs() == []
+    assert wrapper.files() == []
+    wrapper.wait_gone()
+
+
+@pytest.mark.parametrize('call', ['setgroups', 'setresgid', 'setresuid', 'capset'])
+def test_if_a_step_of_the_change_fails_nothing_is_created_and_nothing_started(root_wrapper, call):
+    under_strace(root_wrapper, '-e', 'inject=%s:error=EPERM' % call)
+    job = root_wrapper.start()
+    name = 'capset: ' if call == 'capset' else ''       # not called by Python, so named
+    assert_nothing_happened(root_wrapper, job, 'cannot become user vdsm: %sOperation not permitted'
+                            % name)
+
+
+@pytest.mark.parametrize('call', ['setgroups', 'setresgid', 'setresuid', 'capset'])
+def test_if_a_step_of_the_change_does_nothing_nothing_is_created_and_nothing_started(
+        root_wrapper, call):
+    """The system call says that it worked, and did not."""
+    under_strace(root_wrapper, '-e', 'inject=%s:retval=0' % call)
+    job = root_wrapper.start(prepare=everything)
+    assert_nothing_happened(root_wrapper, job, 'cannot become user vdsm: privileges are left')
+
+
+def test_a_directory_made_for_vdsm_is_not_left_if_the_change_fails(root_wrapper):
+    """Root makes it first, where vdsm may not."""
+    path = os.path.join(root_wrapper.directory, 'new')
+    under_strace(root_wrapper, '-e', 'inject=setresuid:error=EPERM')
+    job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
+    assert_nothing_happened(root_wrapper, job,
+                            'cannot become user vdsm: Operation not permitted')
+    assert not os.path.exists(path)
+
+
+def test_a_directory_that_cannot_be_given_to_vdsm_is_not_left(root_wrapper):
+    """It would be root's, and so be refused for ever."""
+    path = os.path.join(root_wrapper.directory, 'new')
+    under_strace(root_wrapper, '-e', 'inject=?chown,?lchown,?fchown,?fchownat:error=EPERM')
+    job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
+    assert (job.status, job.stdout) == (1, b'')
+    assert job.stderr.startswith(error_line(path + ': Operation not permitted'))
+    assert not os.path.exists(path)
+
+
+USER_DATABASE = """\
+import collections
+import types
+Entry = collections.namedtuple('Entry', 'pw_name pw_uid pw_gid pw_dir')
+
+
+def getpwnam(name):
+    return {entry}[name]
+
+
+module.pwd = types.SimpleNamespace(getpwnam=getpwnam)
+"""
+
+
+@pytest.mark.parametrize('entry, problem', [
+    ('{}', 'user: there is no user vdsm on this host'),
+    ('{"vdsm": Entry("vdsm", 0, 36, "/")}', 'user: user vdsm is root')], ids=['absent', 'root'])
+def test_without_a_vdsm_that_is_not_root_nothing_is_created_and_nothing_started(
+        root_wrapper, entry, problem):
+    tamper(root_wrapper, USER_DATABASE.format(entry=entry))
+    assert_nothing_happened(root_wrapper, root_wrapper.start(), problem)
+
+
+# --- the export domain's mount -----------------------------------------------------------
+
+# A mount namespace that stands for the host: what is mounted in it would be seen by all there.
+# With a file system of its own in /run, and with mount.nfs, which is called by mount(8).
+HOST = """\
+set -eu
+directory=$1
+helper=$2
+sbin=$(readlink -f /sbin)
+mount -t tmpfs -o mode=0755 tmpfs /run
+if [ -e "$sbin/mount.nfs" ]; then
+    mount --bind "$helper" "$sbin/mount.nfs"
+else
+    mkdir "$directory/sbin"
+    mount --bind "$sbin" "$directory/sbin"
+    mount -t tmpfs -o mode=0755 tmpfs "$sbin"
+    ln -s "$directory"/sbin/* "$sbin"
+    ln -s "$helper" "$sbin/mount.nfs"
+fi
+mount --make-rshared /
+echo ready
+exec cat
+"""
+BIND = """\
+#!/bin/sh
+exec mount --bind "{export}" "$2"
+"""
+
+
+class Host:
+    """A host that mounts the export domain of a wrapper as NFS, and the wrapper on it."""
+
+    def __init__(self, wrapper):
+        self.export = 'nfs.example.com:/' + wrapper.name
+        self._wrapper = wrapper
+        self._helper = os.path.join(wrapper.directory, 'mount.nfs')
+        self.helper(BIND.format(export=wrapper.export_domain))
+        self._process = subprocess.Popen(
+            ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c', HOST, 'sh',
+             wrapper.directory, self._helper],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if self._process.stdout.readline() != b'ready\n':
+            said = self._process.communicate()[1].decode()
+            pytest.skip('cannot have a mount namespace here: ' + said.strip())
+        self.pid = self._process.pid
+        self.prefix = [shutil.which('nsenter'), '--mount=/proc/%d/ns/mnt' % self.pid, '--']
+        command = wrapper.command
+        wrapper.command = lambda *arguments: self.prefix + command(*arguments)
+
+    def helper(self, text):
+        """Have another mount.nfs."""
+        with open(self._helper, 'w') as stream:
+            stream.write(text)
+        os.chmod(self._helper, 0o755)
+
+    def request(self):
+        """Return a request with the export domain as NFS."""
+        return self._wrapper.request(export_domain=self.export)
+
+    def start(self, *arguments, **keywords):
+        """Start a job."""
+        return self._wrapper.start(self.request(), *arguments, **keywords)
+
+    def job_processes(self):
+        """Return the processes of the wrapper's jobs."""
+        return sorted(set(self._wrapper.processes()) - {self.pid})
+
+    def wait_gone(self):
+        """Wait until none of these is left."""
+        eventually(lambda: not self.job_processes(), 'the job is gone')
+
+    def close(self):
+        """Leave nothing of it."""
+        self._process.communicate()
+
+
+@pytest.fixture
+def host(root_wrapper):
+    host = Host(root_wrapper)
+    yield host
+    host.close()
+
+
+def mounts(process):
+    """Return the lines of a process's mountinfo that are about the mount point."""
+    try:
+        with open('/proc/%s/mountinfo' % process) as stream:
+            return [line for line in stream if line.split()[4] == MOUNT_POINT]
+    except (OSError, ValueError):
+        return []
+
+
+def seeing(wrapper):
+    """Return the processes that see the export domain of this wrapper at the mount point."""
+    return sorted(int(process) for process in os.listdir('/proc') if process.isdigit()
+                  and any(wrapper.name in line for line in mounts(process)))
+
+
+@pytest.fixture
+def mounted(root_wrapper, host):
+    """A job that goes on, with its export domain mounted."""
+    root_wrapper.virt_v2v.play(reach('running'), wait('end'))
+    job = host.start()
+    assert job.stderr == b''
+    root_wrapper.virt_v2v.wait_for('running')
+    return job
+
+
+def test_virt_v2v_gets_the_mounted_export_domain(root_wrapper, mounted):
+    run = root_wrapper.recorded()
+    root_wrapper.virt_v2v.let('end')
+    assert mounted.wait_finished()['return_code'] == 0
+    assert run.option(b'-os') == MOUNT_POINT.encode()
+    assert [line for line in run.mounts.splitlines()
+            if root_wrapper.export_domain in line and line.split()[4] == MOUNT_POINT]
+
+
+def test_virt_v2v_runs_as_vdsm_with_a_mounted_export_domain_too(root_wrapper, mounted):
+    root_wrapper.virt_v2v.let('end')
+    mounted.wait_finished()
+    assert privileges(root_wrapper.recorded().status) == vdsm_s(root_wrapper.user)
+
+
+def test_the_mount_is_seen_by_the_job_alone(root_wrapper, host, mounted):
+    found = seeing(root_wrapper)
+    expected = host.job_processes()
+    outside = mounts(host.pid) + mounts('self')
+    root_wrapper.virt_v2v.let('end')
+    mounted.wait_finished()
+    assert outside == []
+    assert found == expected
+    assert set(found) >= {mounted.state()['pid'], mounted.state()['wrapper_pid']}
+
+
+def test_the_mount_is_gone_when_the_job_has_ended(root_wrapper, host, mounted):
+    root_wrapper.virt_v2v.let('end')
+    mounted.wait_finished()
+    host.wait_gone()
+    assert seeing(root_wrapper) == []
+    assert mounts(host.pid) == []
+
+
+def test_the_mount_is_gone_after_a_kill_of_all_processes_of_the_job(root_wrapper, host, mounted):
+    for process in host.job_processes():
+        os.kill(process, signal.SIGKILL)
+    host.wait_gone()
+    assert seeing(root_wrapper) == []
+    assert mounts(host.pid) == []
+
+
+def test_the_mount_is_gone_when_the_conversion_could_not_be_started(root_wrapper, host):
+    os.unlink(root_wrapper.virt_v2v.program)
+    job = host.start()
+    assert (job.status, job.stderr) == (1, error_line('virt-v2v: not found on PATH'))
+    assert seeing(root_wrapper) == []
+    assert mounts(host.pid) == []
+
+
+def test_two_jobs_mount_their_export_domains_without_seeing_each_other_s(root_wrapper, host):
+    root_wrapper.virt_v2v.play(wait('end'))
+    jobs = [host.start(), host.start()]
+    counts = {job.state()['pid']: len(mounts(job.state()['pid'])) for job in jobs}
+    namespaces = {os.readlink('/proc/%d/ns/mnt' % pid) for pid in counts}
+    root_wrapper.virt_v2v.let('end')
+    for job in jobs:
+        assert job.wait_finished()['return_code'] == 0
+    assert list(counts.values()) == [1, 1]
+    assert len(namespaces) == 2
+
+
+DENIED = """\
+#!/bin/sh
+echo "mount.nfs: access denied by server" >&2
+echo "while mounting $1" >&2
+exit 32
+"""
+
+
+def test_a_mount_helper_that_fails_has_its_text_in_the_one_line(root_wrapper, host):
+    host.helper(DENIED)
+    job = host.start()
+    assert_nothing_happened_on(host, root_wrapper, job, (
+        'export_domain: could not be mounted: mount.nfs: access denied by server while mounting '
+        + host.export))
+
+
+def assert_nothing_happened_on(host, wrapper, job, problem):
+    """The same as assert_nothing_happened, on a host."""
+    host.wait_gone()
+    assert (job.status, job.stdout, job.stderr) == (1, b'', error_line(problem))
+    assert wrapper.virt_v2v.probes() == []
+    assert files_but_empty_directories(wrapper) == []
+    assert seeing(wrapper) == []
+
+
+def files_but_empty_directories(wrapper):
+    """Return what was made; the directories for logs and state may be there, as vdsm's."""
+    return sorted(set(wrapper.files()) - {'log', 'state'})
+
+
+def test_a_mount_helper_that_says_nothing_has_its_status_in_the_line(root_wrapper, host):
+    host.helper('#!/bin/sh\nexit 32\n')
+    job = host.start()
+    host.wait_gone()
+    assert job.status == 1
+    assert re.fullmatch(rb'virt-v2v-wrapper: error: export_domain: could not be mounted: .+\n',
+                        job.stderr)
+
+
+def test_a_mount_helper_that_never_ends_is_ended(root_wrapper, host):
+    """A server that does not answer: mount(8) waits for its helper, which tries for ever."""
+    tamper(root_wrapper, 'module.MOUNT_PATIENCE = 0.3')
+    host.helper('#!/bin/sh\nread answer < "%s"\n' % make_fifo(root_wrapper, 'never'))
+    job = host.start()
+    assert_nothing_happened_on(host, root_wrapper, job,
+                               'export_domain: could not be mounted within 0 s')
+
+
+def make_fifo(wrapper, name):
+    """Make a FIFO that nobody writes to; return its path."""
+    path = os.path.join(wrapper.directory, name)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize('call', ['unshare', 'mount'])
+def test_if_there_can_be_no_mount_of_the_job_s_own_nothing_is_created_or_started(
+        root_wrapper, host, call):
+    command = root_wrapper.command
+    prefix = [strace(), '-o', '/dev/null', '-e', 'inject=%s:error=EPERM' % call, '--']
+    # Not nsenter, but what it executes.
+    root_wrapper.command = lambda *arguments: (
+        host.prefix + prefix + command(*arguments)[len(host.prefix):])
+    job = host.start()
+    assert_nothing_happened_on(host, root_wrapper, job,
+                               'export_domain: %s: Operation not permitted' % call)
+    assert mounts(host.pid) == []
+
+
+def test_the_mount_is_gone_after_a_job_that_does_not_end_when_told(root_wrapper, host):
+    tamper(root_wrapper, 'module.STOP_GRACE = 0.1')
+    root_wrapper.virt_v2v.play(ignore(signal.SIGTERM), reach('running'), wait('never'))
+    job = host.start()
+    root_wrapper.virt_v2v.wait_for('running')
+    os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
+    job.wait_finished()
+    host.wait_gone()
+    assert seeing(root_wrapper) == []
+
+
+def test_an_ordinary_user_mounts_nothing(wrapper):
+    job = wrapper.start(wrapper.request(export_domain='nfs.example.com:/export'))
+    assert (job.status, job.stdout) == (1, b'')
+    assert job.stderr == error_line('export_domain: is not mounted here, and only root can mount'
+                                    ' it')
+    assert wrapper.virt_v2v.probes() == []
+    assert files_but_empty_directories(wrapper) == []
