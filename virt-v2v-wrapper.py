@@ -1939,6 +1939,7 @@ def take_over(job, output, messages, reason):
         return_code = follower.return_code
     except ChildProcessError:
         LOG.error('virt-v2v is gone')
+    kill_descendants(spared=state['pid'])
     remove_tree(job.scratch)
     error = state.get('last_message', {}).get('message')
     publish_ending(job.state, finished_document(state, Ending(
