@@ -92,6 +92,16 @@ def test_a_stop_signal_to_an_older_virt_v2v_ends_the_job(wrapper):
     assert_nothing_left(wrapper)
 
 
+def start_copying_with_stubborn_children(wrapper, *steps):
+    """Start a job whose virt-v2v, after steps, has a child and a daemon that ignore TERM."""
+    job = start_copying(wrapper, *steps,
+                        fork(ignore(signal.SIGTERM), reach('child'), wait('never')),
+                        daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
+    wrapper.virt_v2v.wait_for('child')
+    wrapper.virt_v2v.wait_for('daemon')
+    return job
+
+
 def test_kill_to_the_published_pid_ends_the_job(wrapper):
     job = start_copying(wrapper)
     signal_published(job, signal.SIGKILL)
@@ -99,10 +109,7 @@ def test_kill_to_the_published_pid_ends_the_job(wrapper):
 
 
 def test_kill_to_the_published_pid_ends_what_virt_v2v_has_started(wrapper):
-    job = start_copying(wrapper, fork(ignore(signal.SIGTERM), reach('child'), wait('never')),
-                        daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
-    wrapper.virt_v2v.wait_for('child')
-    wrapper.virt_v2v.wait_for('daemon')
+    job = start_copying_with_stubborn_children(wrapper)
     signal_published(job, signal.SIGKILL)
     assert_failed(wrapper, job, -signal.SIGKILL, 'virt-v2v was killed by SIGKILL')
 
@@ -198,12 +205,7 @@ def test_a_virt_v2v_that_ignores_term_is_killed(impatient, number):
 
 
 def test_what_virt_v2v_started_is_killed_too_if_all_ignore_term(impatient):
-    job = start_copying(
-        impatient, ignore(signal.SIGTERM),
-        fork(ignore(signal.SIGTERM), reach('child'), wait('never')),
-        daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
-    impatient.virt_v2v.wait_for('child')
-    impatient.virt_v2v.wait_for('daemon')
+    job = start_copying_with_stubborn_children(impatient, ignore(signal.SIGTERM))
     signal_wrapper(job, signal.SIGTERM)
     assert_failed(impatient, job, -signal.SIGKILL, 'the wrapper was told to stop by SIGTERM')
 
