@@ -17,6 +17,7 @@ import processes
 PYTHON = '/usr/bin/python3'
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATIENCE = 300.0
+KEPT = 1 << 26                      # bytes of a log before it is emptied
 PR_SET_CHILD_SUBREAPER = 36         # prctl(2)
 IN_MOVED_TO = 0x80                  # inotify(7)
 EVENT = struct.Struct('iIII')
@@ -135,6 +136,7 @@ class Job:
 
     def __init__(self, paths, guardian):
         self._paths = paths
+        self.log = paths['v2v_log']
         self.guardian = guardian
         self.monitor = self.state()['wrapper_pid']
 
@@ -145,7 +147,7 @@ class Job:
 
     def log_size(self):
         """Return the size of virt-v2v's log."""
-        return os.stat(self._paths['v2v_log']).st_size
+        return os.stat(self.log).st_size
 
     def wait_finished(self):
         """Wait for the last process of the conversion; remove its files; return its last state."""
@@ -163,6 +165,21 @@ def wait_until(condition, pause=0.02):
         if time.monotonic() > end:
             raise SystemExit('not within {} s'.format(PATIENCE))
         time.sleep(pause)
+
+
+def keep_short(path):
+    """Empty a file that got long, as a rotation of logs may do. Returns None.
+
+    The pages of a file of gigabytes are freed with it, and a virtual machine may give them back to
+    its host; then the next writer pays for getting them again: up to 4 s for 2 GB were seen.
+    """
+    if os.stat(path).st_blocks * 512 > KEPT:
+        os.truncate(path, 0)
+
+
+def ended(process):
+    """Say whether a child has ended; it stays a zombie."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 class Watch:
@@ -215,10 +232,19 @@ def memory_alone(*found):
     return files + sum(process['Pss_Anon'] for process in found)
 
 
+def written(process):
+    """Return how many bytes a process has written, whereto ever."""
+    return int(counts(process)['wchar'])
+
+
+def counts(process):
+    """Return what /proc/PID/io says, proc(5)."""
+    with open('/proc/{}/io'.format(process)) as stream:
+        return dict(line.split(': ') for line in stream)
+
+
 def activity(process):
     """Return (how often it was woken or interrupted, how many calls of write it made)."""
     status = processes.status(process)
-    with open('/proc/{}/io'.format(process)) as stream:
-        io = dict(line.split(': ') for line in stream)
     return (int(status['voluntary_ctxt_switches']) + int(status['nonvoluntary_ctxt_switches']),
-            int(io['syscw']))
+            int(counts(process)['syscw']))
