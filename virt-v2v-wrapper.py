@@ -30,6 +30,7 @@ The rooms of this file, each of which uses only those above it:
 import ctypes
 import errno
 import fcntl
+import gc
 import json
 import os
 import pwd
@@ -539,32 +540,48 @@ _PLAIN_LOOKS = {stage: looks + ((b': err', _plain_error), (_NBDKIT_CONFIG, _nbdk
 
 
 class LineBuffer:
-    """Joins chunks to whole lines, ended by LF or CR. Lines above MAX_LINE are dropped."""
+    """Joins chunks to whole lines, ended by LF or CR. Lines above MAX_LINE are dropped.
+
+    It keeps one buffer for all of them: new ones for each chunk, of ever other sizes, make the
+    heap grow by holes, some MiB in gigabytes of log.
+    """
 
     def __init__(self):
-        self._rest = b'\n'          # the end of the line before, and what there is of the next
+        self.buffer = bytearray(1 + MAX_LINE + CHUNK)
+        # In it: lines that are done with, the end of the last of them, a line that has only begun.
+        self.buffer[0:1] = b'\n'
+        self._done = 0
+        self._filled = 1
         self._dropping = False
 
     def take(self, chunk):
-        """Add `chunk`; return all complete lines so far as one bytes, which begins with an end."""
-        cut = max(chunk.rfind(b'\n'), chunk.rfind(b'\r'))
-        if cut < 0:
-            self._rest += chunk
-            lines = b''
-        else:
-            lines = self._rest + chunk[:cut + 1]
-            self._rest = chunk[cut:]
-            if self._dropping:
-                lines = re.sub(rb'\A[^\r\n]+', b'', lines)
-            self._dropping = False
-        if len(self._rest) > MAX_LINE:
-            self._rest = b''
-            self._dropping = True
-        return lines
+        """Add `chunk` (bytes or the like) to the buffer.
+
+        Returns (start, limit): there the buffer has all complete lines so far, behind the end of
+        the one before, until the next call.
+        """
+        buffer = self.buffer
+        rest = self._filled - self._done
+        buffer[:rest] = buffer[self._done:self._filled]
+        self._filled = rest + len(chunk)
+        buffer[rest:self._filled] = chunk
+        limit = 1 + max(buffer.rfind(end, rest, self._filled) for end in (b'\n', b'\r'))
+        start = self._dropped(limit) if self._dropping else 0
+        self._done = max(0, limit - 1)
+        self._dropping = (self._filled - self._done > MAX_LINE
+                          or self._dropping and limit == 0)
+        if self._dropping:
+            self._done = self._filled
+        return start, limit
+
+    def _dropped(self, limit):
+        """Return where the line that is being dropped has ended, `limit` if it has not."""
+        ends = [self.buffer.find(end, 0, limit) for end in (b'\n', b'\r')]
+        return min([end for end in ends if end >= 0], default=limit)
 
     def end(self):
         """Return the last line if nothing ended it."""
-        return b'' if self._dropping else self._rest[1:]
+        return bytes(self.buffer[self._done + 1:self._filled])
 
 
 def split(lines):
@@ -576,11 +593,13 @@ class MessageParser:
     """Makes events of virt-v2v's JSON messages."""
 
     def __init__(self):
-        self._buffer = LineBuffer()
+        self._lines = LineBuffer()
 
     def feed(self, chunk):
         """Return the events in what was read last."""
-        events = map(parse_message, filter(None, split(self._buffer.take(chunk))))
+        start, limit = self._lines.take(chunk)
+        lines = split(bytes(self._lines.buffer[start:limit]))
+        events = map(parse_message, filter(None, lines))
         return [event for event in events if event is not None]
 
 
@@ -597,7 +616,7 @@ class OutputParser:
         self._looks = _LOOKS if messages else _PLAIN_LOOKS
         self._stage = _OPENING
         self._copies = 0        # how many have begun
-        self._buffer = LineBuffer()
+        self._lines = LineBuffer()
         self._error = None      # text of an error that goes on in the next line
 
     def announce(self, text):
@@ -607,7 +626,7 @@ class OutputParser:
     def feed(self, chunk):
         """Return the events in what was read last."""
         events = []
-        for line in self._candidates(self._buffer.take(chunk)):
+        for line in self._candidates(*self._lines.take(chunk)):
             for event in self._line(line):
                 # A flood of percentages between two reads is worth no more than its last one.
                 if events and isinstance(event, Percent) and isinstance(events[-1], Percent):
@@ -617,37 +636,41 @@ class OutputParser:
 
     def end(self):
         """Return the events that were waiting for more output."""
-        events = list(self._line(self._buffer.end()))
+        events = list(self._line(self._lines.end()))
         if self._error is not None:
             events.append(Error(clean(self._error[len(_ERROR_LINE):])))
         for text in (self._announced or {}).values():
             events.extend(self._enter(text))
         return events
 
-    def _candidates(self, lines):
-        """Yield the lines that can matter in `lines`, which begins with a line end.
+    def _candidates(self, start, limit):
+        """Yield the lines that can matter in this part of the buffer; it begins with a line end.
 
         What matters may change with each line, so they are looked for one after the other; but
         each literal passes over the whole only once.
         """
         found = {}
-        end = 0
+        end = start
         while True:
             if self._error is None:
-                position = self._next_position(lines, end, found)
+                position = self._next_position(end, limit, found)
             else:
-                position = end + 1 if end + 1 < len(lines) else None
+                position = end + 1 if end + 1 < limit else None
             if position is None:
                 return
-            start = lines.rfind(b'\n', 0, position) + 1
-            start = max(start, lines.rfind(b'\r', start, position) + 1)
-            end = lines.find(b'\n', position)
-            end = len(lines) - 1 if end < 0 else end
-            carriage = lines.find(b'\r', position, end)
-            end = end if carriage < 0 else carriage
-            yield lines[start:end]
+            begin, end = self._line_at(position, start, limit)
+            yield bytes(self._lines.buffer[begin:end])
 
-    def _next_position(self, lines, start, found):
+    def _line_at(self, position, start, limit):
+        lines = self._lines.buffer
+        begin = lines.rfind(b'\n', start, position) + 1
+        begin = max(begin, lines.rfind(b'\r', begin, position) + 1)
+        end = lines.find(b'\n', position, limit)
+        end = limit - 1 if end < 0 else end
+        carriage = lines.find(b'\r', position, end)
+        return begin, end if carriage < 0 else carriage
+
+    def _next_position(self, start, limit, found):
         """Return where in a line the first literal of this stage is, at `start` or later, or None.
 
         `found` has the results so far, for the next call.
@@ -655,10 +678,10 @@ class OutputParser:
         nearest = None
         literals = [literal for literal, _ in self._looks[self._stage]]
         for literal in literals + list(self._announced or ()):
-            position = found.get(literal, 0)
-            if position != -1 and (position < start or position == 0):
-                position = found[literal] = lines.find(literal, start)
-            if position != -1:
+            position = found.get(literal)
+            if position is None or 0 <= position < start:
+                position = found[literal] = self._lines.buffer.find(literal, start, limit)
+            if position >= 0:
                 position += literal[:1] in b'\r\n'
                 nearest = position if nearest is None else min(nearest, position)
         return nearest
@@ -1501,6 +1524,17 @@ def detach(guardian):
     return Link(answers, command)
 
 
+def share_memory():
+    """Have as little memory as possible, and what there is remain shared with the forks to come.
+
+    What was needed to compile and to import leaves holes that malloc keeps, and the first garbage
+    collection would write to each object.
+    """
+    _LIBC.malloc_trim(0)
+    if hasattr(gc, 'freeze'):           # Python 3.7
+        gc.freeze()     # novm
+
+
 def read_to_end(fd):
     """Return all that comes until nobody has the other end of `fd` any more."""
     return b''.join(iter(lambda: os.read(fd, CHUNK), b''))
@@ -1552,9 +1586,10 @@ def ending_of(pid):
 
 
 class Pipe:
-    """A pipe whose reading end does not block."""
+    """A pipe whose reading end does not block, and a buffer to read it into."""
 
     def __init__(self):
+        self._buffer = bytearray(CHUNK)
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
 
@@ -1570,9 +1605,12 @@ class Pipe:
         os.close(self.writer)
 
     def read(self):
-        """Return what is there, at most CHUNK bytes; b'' at the end, None if there is nothing."""
+        """Return what is there, at most CHUNK bytes; b'' at the end, None if there is nothing.
+
+        It is a memoryview that is good until the next read.
+        """
         try:
-            return os.read(self.reader, CHUNK)
+            return memoryview(self._buffer)[:os.readv(self.reader, [self._buffer])]
         except BlockingIOError:
             return None
 
@@ -1640,7 +1678,7 @@ class Signals:
 
     def read(self):
         """Return the numbers of the signals that came."""
-        return set(b''.join(self._pipe.drain()))
+        return {number for numbers in self._pipe.drain() for number in numbers}
 
 
 class Follower:
@@ -1954,6 +1992,7 @@ def guard(job, link):
     Returns the exit status.
     """
     adopt_orphans()
+    share_memory()
     output, messages = Pipe(), Pipe()
     output.enlarge()
     monitor_pid = fork(lambda: monitor(job, link, output, messages))
@@ -2218,4 +2257,8 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    os._exit(main())        # there is nothing left to do, and a tidy end would take as long again
+    # Python keeps the syntax tree of a main script, a quarter of all memory, until the script has
+    # ended (pyrun_file in pythonrun.c). So it ends here, and main is what is called for that.
+    # There is nothing left to do then, and a tidy end would take as long again.
+    sys.excepthook = lambda *_: os._exit(main())
+    raise SystemError('unreachable')
