@@ -2090,7 +2090,7 @@ def _drop_or_undo(identity, made):
 def prepare(request, options):
     """Find out where and as whom to run, become that, and check what there is to check.
 
-    Returns a Job without scratch, output_log and state, and what Files wants.
+    Returns a Job without environment, scratch, output_log and state, and what Files wants.
     Raises HostError with all problems.
     """
     identity = find_identity()
@@ -2111,13 +2111,12 @@ def prepare(request, options):
     root = attempt(export_domain_root, directory) if directory else None
     libdir = options.vddk_libdir or VDDK_LIBDIR
     attempt(check_vddk_libdir, libdir)
-    environment = virt_v2v_environment(os.environb, identity, b'')
-    virt_v2v = attempt(find_virt_v2v, environment[b'PATH'])
+    virt_v2v = attempt(find_virt_v2v, os.environb.get(b'PATH', os.fsencode(ADMIN_PATH)))
     log_fd, state_fd = (attempt(open_private_directory, path) for path in (log_dir, state_dir))
     if problems:
         raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
     job = Job(request, identity, directory, root, domain_contents(root), libdir, virt_v2v,
-              environment, None, None, None)
+              None, None, None, None)
     return job, (log_dir, log_fd, state_dir, state_fd)
 
 
