@@ -1986,6 +1986,19 @@ def take_over(job, output, messages, reason):
     log_leftovers(job)
 
 
+def publish_failure(state, reason):
+    """Publish the end without anything that may have failed before, if nobody else has done so."""
+    document = state.read()
+    if 'started' not in document or 'finished' in document:
+        return
+    document['finished_at'] = timestamp()
+    document['finished'] = True
+    if document.get('return_code') != 0:
+        document['failed'] = True
+        document['last_message'] = {'type': 'error', 'message': reason}
+    publish_ending(state, document)
+
+
 def guard(job, link):
     """Be the guardian: start the monitor, see to it that its work is ended, leave nothing behind.
 
@@ -2004,12 +2017,18 @@ def guard(job, link):
     end = os.waitid(os.P_PID, monitor_pid, os.WEXITED | os.WNOWAIT)
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     os.waitpid(monitor_pid, 0)
+    reason = None
+    if end.si_code != os.CLD_EXITED:
+        reason = 'the wrapper was killed by ' + signal_name(end.si_status)
+    elif end.si_status != 0:
+        reason = 'the wrapper failed, see its log'
     try:
-        if end.si_code != os.CLD_EXITED:
-            take_over(job, output, messages, 'the wrapper was killed by '
-                      + signal_name(end.si_status))
-        elif end.si_status != 0:
-            take_over(job, output, messages, 'the wrapper failed, see its log')
+        if reason:
+            take_over(job, output, messages, reason)
+    except Exception:
+        LOG.exception('internal error')
+        kill_descendants()
+        publish_failure(job.state, reason)
     finally:
         kill_descendants()
         remove_tree(job.scratch)

@@ -243,8 +243,7 @@ def breakable(owner, name):
     original = getattr(owner, name)
 
     def function(*arguments, **keywords):
-        # Not in the guardian, which leads the session.
-        if os.path.exists({mark!r}) and os.getsid(0) != os.getpid():
+        if os.path.exists({mark!r}) and {where}:
             open({mark!r} + '-used', 'w').close()
             raise KeyError('a mistake')
         return original(*arguments, **keywords)
@@ -252,12 +251,16 @@ def breakable(owner, name):
 """
 
 
-def breaking(wrapper, name):
+EVERYWHERE = 'True'
+NOT_IN_THE_GUARDIAN = 'os.getsid(0) != os.getpid()'         # it leads the session
+
+
+def breaking(wrapper, name, where=NOT_IN_THE_GUARDIAN):
     """Have a function of the script raise an exception from the step reach("broken") on."""
     mark = os.path.join(wrapper.directory, 'stand-in', 'marks', 'broken')
     owner, _, function = ('module.' + name).rpartition('.')
     tamper(wrapper, '%s\n%s\nbreakable(%s, %r)' % (
-        SHORT_GRACE, BREAK.format(mark=mark), owner, function))
+        SHORT_GRACE, BREAK.format(mark=mark, where=where), owner, function))
 
 
 def then_broken(*steps):
@@ -313,6 +316,25 @@ def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v_and_says_so(wrapper, name
     wrapper.virt_v2v.play(then_broken(wait('never')))
     _, message = failed(wrapper, wrapper.start())
     assert message == 'the wrapper failed, see its log'
+
+
+ENDING = ['finished_document', 'failure_text', 'Ending']
+
+
+@pytest.mark.parametrize('name', ENDING)
+def test_a_mistake_in_what_ends_each_job_still_leaves_an_ending(wrapper, name):
+    breaking(wrapper, name, EVERYWHERE)
+    wrapper.virt_v2v.play(then_broken(error('no space')))
+    _, message = failed(wrapper, wrapper.start())
+    assert message == 'the wrapper failed, see its log'
+
+
+@pytest.mark.parametrize('name', ENDING)
+def test_a_mistake_in_what_ends_each_job_does_not_deny_a_success(wrapper, name):
+    breaking(wrapper, name, EVERYWHERE)
+    wrapper.virt_v2v.play(then_broken())
+    state = ended(wrapper, wrapper.start())
+    assert (state['return_code'], 'failed' in state) == (0, False)
 
 
 # --- at any moment -----------------------------------------------------------------------
