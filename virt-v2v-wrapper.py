@@ -519,8 +519,8 @@ def _guest_id(line):
 
 
 # For each stage: literals that are cheap to look for in a whole chunk, and what to make of a line
-# that holds one. Measured: these cost less than any regular expression, and those of at most 5
-# bytes a quarter of longer ones: for these CPython takes another way from 3.10 on (fastsearch.h).
+# that holds one. Measured: they cost less than any regular expression, and with CPython from 3.10
+# on, one of at most 5 bytes costs a quarter of a longer one (fastsearch.h).
 _ERRORS = ((b': err', _plain_error), (b': err', _nbdkit_cause))
 _OVF_LOOK = (b'OperatingSystemSection_Type', _guest_id)
 _LOOKS = {
@@ -542,8 +542,8 @@ _PLAIN_LOOKS = {stage: looks + ((b': err', _plain_error), (_NBDKIT_CONFIG, _nbdk
 class LineBuffer:
     """Joins chunks to whole lines, ended by LF or CR. Lines above MAX_LINE are dropped.
 
-    It keeps one buffer for all of them: new ones for each chunk, of ever other sizes, make the
-    heap grow by holes, some MiB in gigabytes of log.
+    It keeps one buffer for all of them: new ones for each chunk, of ever other sizes, let the heap
+    grow by more than 1 MiB in 2 GB of log.
     """
 
     def __init__(self):
@@ -2276,7 +2276,7 @@ def main(arguments=None):
 
 if __name__ == '__main__':
     # Python keeps the syntax tree of a main script, a quarter of all memory, until the script has
-    # ended (pyrun_file in pythonrun.c). So it ends here, and main is what is called for that.
-    # There is nothing left to do then, and a tidy end would take as long again.
+    # ended (pyrun_file in pythonrun.c). So it ends here, with an exception that main deals with.
+    # After main there is nothing left to do, and a tidy end would take as long again.
     sys.excepthook = lambda *_: os._exit(main())
-    raise SystemError('unreachable')
+    raise Exception('end of the script')

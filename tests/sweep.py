@@ -14,33 +14,22 @@ import processes
 from eventually import eventually
 from faults import strace, tamper
 
+STOP_IN = """\
+real_{0} = module.{0}
+
+
+def {0}(*arguments):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return real_{0}(*arguments)
+
+
+module.{0} = {0}
+"""
 # The process stops where its role begins, until strace is attached.
 STOP = {
-    'launcher': """\
-os.kill(os.getpid(), signal.SIGSTOP)
-""",
-    'guardian': """\
-real_guard = module.guard
-
-
-def guard(*arguments):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return real_guard(*arguments)
-
-
-module.guard = guard
-""",
-    'monitor': """\
-real_monitor = module.monitor
-
-
-def monitor(*arguments):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return real_monitor(*arguments)
-
-
-module.monitor = monitor
-""",
+    'launcher': 'os.kill(os.getpid(), signal.SIGSTOP)\n',
+    'guardian': STOP_IN.format('guard'),
+    'monitor': STOP_IN.format('monitor'),
 }
 # Questions about its capabilities would be asked by children, too.
 STOP['child'] = STOP['monitor'] + """
