@@ -1546,7 +1546,18 @@ def adopt_orphans():
 
 
 def _children():
-    """Return the IDs of this process's children."""
+    """Return the IDs of this process's children.
+
+    The kernel's list of them, proc(5), may miss some while others are reaped; but only we do that.
+    """
+    try:
+        with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
+            return [int(pid) for pid in stream.read().split()]
+    except FileNotFoundError:           # a kernel without CONFIG_PROC_CHILDREN
+        return _children_among_all()
+
+
+def _children_among_all():
     children = []
     for name in filter(str.isdigit, os.listdir('/proc')):
         try:
