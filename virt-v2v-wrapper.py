@@ -1530,7 +1530,8 @@ def share_memory():
     What was needed to compile and to import leaves holes that malloc keeps, and the first garbage
     collection would write to each object.
     """
-    _LIBC.malloc_trim(0)
+    if hasattr(_LIBC, 'malloc_trim'):   # glibc
+        _LIBC.malloc_trim(0)
     if hasattr(gc, 'freeze'):           # Python 3.7
         gc.freeze()     # novm
 
