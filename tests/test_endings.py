@@ -266,10 +266,13 @@ def breaking(wrapper, name, where=NOT_IN_THE_GUARDIAN):
         SHORT_GRACE, BREAK.format(mark=mark, where=where), owner, function))
 
 
-def then_broken(*steps):
-    """Return the steps of copying a disk that come after something has broken."""
-    return [phase('Opening the source'), reach('broken'), source(DISK), copying(1, 1), bar(44),
-            phase('Finishing off'), *steps]
+def play_broken(wrapper, *steps):
+    """Start a job that copies a disk after something has broken; then it plays steps."""
+    wrapper.virt_v2v.play(phase('Opening the source'), wait('begin'), reach('broken'), source(DISK),
+                          copying(1, 1), bar(44), phase('Finishing off'), *steps)
+    job = wrapper.start()
+    wrapper.virt_v2v.let('begin')       # not before: the first state is needed
+    return job
 
 
 # What follows virt-v2v, and what turns that into the state.
@@ -281,8 +284,7 @@ PARSING = ['parse_message', 'phase', 'fold', 'clean', 'error_text', 'state_docum
 @pytest.mark.parametrize('name', PARSING)
 def test_a_mistake_in_parsing_does_not_end_a_healthy_virt_v2v(wrapper, name):
     breaking(wrapper, name)
-    wrapper.virt_v2v.play(then_broken(reach('copied'), wait('end')))
-    job = wrapper.start()
+    job = play_broken(wrapper, reach('copied'), wait('end'))
     wrapper.virt_v2v.wait_for('copied')
     wrapper.virt_v2v.let('end')
     state = ended(wrapper, job)
@@ -293,8 +295,7 @@ def test_a_mistake_in_parsing_does_not_end_a_healthy_virt_v2v(wrapper, name):
 @pytest.mark.parametrize('name', PARSING)
 def test_a_mistake_in_parsing_does_not_hide_a_failure(wrapper, name):
     breaking(wrapper, name)
-    wrapper.virt_v2v.play(then_broken(error('no space')))
-    return_code, message = failed(wrapper, wrapper.start())
+    return_code, message = failed(wrapper, play_broken(wrapper, error('no space')))
     assert return_code == 1
     assert message
 
@@ -316,8 +317,7 @@ def test_a_mistake_in_a_write_that_was_put_off_does_not_end_a_healthy_virt_v2v(w
 @pytest.mark.parametrize('name', ['Follower._read', 'Loop._patience', 'Pipe.read'])
 def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v_and_says_so(wrapper, name):
     breaking(wrapper, name)
-    wrapper.virt_v2v.play(then_broken(wait('never')))
-    _, message = failed(wrapper, wrapper.start())
+    _, message = failed(wrapper, play_broken(wrapper, wait('never')))
     assert message == 'the wrapper failed, see its log'
 
 
@@ -327,16 +327,14 @@ ENDING = ['finished_document', 'failure_text', 'Ending']
 @pytest.mark.parametrize('name', ENDING)
 def test_a_mistake_in_what_ends_each_job_still_leaves_an_ending(wrapper, name):
     breaking(wrapper, name, EVERYWHERE)
-    wrapper.virt_v2v.play(then_broken(error('no space')))
-    _, message = failed(wrapper, wrapper.start())
+    _, message = failed(wrapper, play_broken(wrapper, error('no space')))
     assert message == 'the wrapper failed, see its log'
 
 
 @pytest.mark.parametrize('name', ENDING)
 def test_a_mistake_in_what_ends_each_job_does_not_deny_a_success(wrapper, name):
     breaking(wrapper, name, EVERYWHERE)
-    wrapper.virt_v2v.play(then_broken())
-    state = ended(wrapper, wrapper.start())
+    state = ended(wrapper, play_broken(wrapper))
     assert (state['return_code'], 'failed' in state) == (0, False)
 
 
