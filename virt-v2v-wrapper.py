@@ -502,11 +502,11 @@ def _nbdkit_cause(line):
     return Cause('nbdkit', clean(line)) if _NBDKIT_ERROR.match(line) else None
 
 
-def _program_cause(line):
-    program = line.partition(b': ')[0]
-    if program not in (b'nbdcopy', b'qemu-img', b'mount', b'mount.nfs', b'mount.nfs4'):
-        return None
-    return Cause(program.decode('ascii'), clean(line))
+def _cause_of(*programs):
+    def cause(line):
+        program = line.partition(b': ')[0]
+        return Cause(program.decode('ascii'), clean(line)) if program in programs else None
+    return cause
 
 
 def _plain_error(line):
@@ -526,9 +526,10 @@ _OVF_LOOK = (b'OperatingSystemSection_Type', _guest_id)
 _LOOKS = {
     _OPENING: _ERRORS + ((b"vddk'", _nbdkit_source),),
     _GUEST: (),
-    _TARGET: _ERRORS + ((b'mount', _program_cause),),
+    _TARGET: _ERRORS + ((b'mount', _cause_of(b'mount', b'mount.nfs', b'mount.nfs4')),),
     _COPYING: _ERRORS + ((b'%', _percent), (b'%', _nbdcopy_source), (b'ile [', _vddk_opening),
-                         (b'copy:', _program_cause), (b'-img:', _program_cause), _OVF_LOOK),
+                         (b'copy:', _cause_of(b'nbdcopy')),
+                         (b'-img:', _cause_of(b'qemu-img')), _OVF_LOOK),
     _METADATA: _ERRORS + (_OVF_LOOK,),
     _OVER: (),
 }
@@ -621,7 +622,8 @@ class OutputParser:
 
     def announce(self, text):
         """Tell that virt-v2v has sent the message `text` (as Phase has it)."""
-        self._announced[text.encode('utf-8')] = text
+        if text:                # nothing would be found everywhere
+            self._announced[text.encode('utf-8')] = text
 
     def feed(self, chunk):
         """Return the events in what was read last."""
@@ -1581,9 +1583,9 @@ def kill_descendants(spared=None):
         for pid in children:
             try:
                 os.kill(pid, signal.SIGKILL)
-            except PermissionError:     # it has become somebody else
-                continue
-            os.waitpid(pid, 0)
+                os.waitpid(pid, 0)
+            except (PermissionError, ProcessLookupError, ChildProcessError):
+                continue            # it has become somebody else, or is gone by itself
 
 
 def ending_of(pid):
@@ -1999,16 +2001,27 @@ def take_over(job, output, messages, reason):
 
 
 def publish_failure(state, reason):
-    """Publish the end without anything that may have failed before, if nobody else has done so."""
+    """Publish the end, unless that is done, without anything that may have failed before."""
     document = state.read()
     if 'started' not in document or 'finished' in document:
         return
-    document['finished_at'] = timestamp()
-    document['finished'] = True
-    if document.get('return_code') != 0:
+    error = document.pop('last_message', {}).get('message')
+    if document.get('return_code') == 0:
+        document['disks'] = [OrderedDict(disk, progress=100) for disk in document['disks']]
+    else:
         document['failed'] = True
-        document['last_message'] = {'type': 'error', 'message': reason}
+        _with_message(document, '{} ({})'.format(reason, error) if error else reason)
+    document['updated_at'] = document['finished_at'] = timestamp()
+    document['finished'] = True
     publish_ending(state, document)
+
+
+def _attempt(step, *arguments):
+    """Do a step; a mistake of ours in it does not keep us from the next one."""
+    try:
+        step(*arguments)
+    except Exception:
+        LOG.exception('internal error')
 
 
 def guard(job, link):
@@ -2034,16 +2047,12 @@ def guard(job, link):
         reason = 'the wrapper was killed by ' + signal_name(end.si_status)
     elif end.si_status != 0:
         reason = 'the wrapper failed, see its log'
-    try:
-        if reason:
-            take_over(job, output, messages, reason)
-    except Exception:
-        LOG.exception('internal error')
-        kill_descendants()
-        publish_failure(job.state, reason)
-    finally:
-        kill_descendants()
-        remove_tree(job.scratch)
+    if reason:
+        _attempt(take_over, job, output, messages, reason)
+    _attempt(kill_descendants)
+    _attempt(remove_tree, job.scratch)
+    if reason:
+        _attempt(publish_failure, job.state, reason)
     return 0
 
 

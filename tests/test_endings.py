@@ -2,6 +2,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 
 import pytest
@@ -328,13 +329,23 @@ ENDING = ['finished_document', 'failure_text', 'Ending']
 def test_a_mistake_in_what_ends_each_job_still_leaves_an_ending(wrapper, name):
     breaking(wrapper, name, EVERYWHERE)
     _, message = failed(wrapper, play_broken(wrapper, error('no space')))
-    assert message == 'the wrapper failed, see its log'
+    assert message == 'the wrapper failed, see its log (no space)'
 
 
 @pytest.mark.parametrize('name', ENDING)
 def test_a_mistake_in_what_ends_each_job_does_not_deny_a_success(wrapper, name):
     breaking(wrapper, name, EVERYWHERE)
     state = ended(wrapper, play_broken(wrapper))
+    assert (state['return_code'], 'failed' in state, state['disks']) == (
+        0, False, [{'path': DISK, 'progress': 100}])
+
+
+@pytest.mark.parametrize('name', ['kill_descendants', 'remove_tree', '_children'])
+def test_a_mistake_in_clearing_up_still_leaves_an_ending(wrapper, name):
+    breaking(wrapper, name, EVERYWHERE)
+    job = play_broken(wrapper)
+    state = job.wait_finished()
+    shutil.rmtree(scratch(wrapper), ignore_errors=True)
     assert (state['return_code'], 'failed' in state) == (0, False)
 
 

@@ -342,6 +342,12 @@ def test_text_for_the_state_file_is_short_and_harmless(data, text):
     assert clean(data) == text
 
 
+def test_an_empty_message_announces_nothing():
+    parser = OutputParser(messages=True)
+    parser.announce('')
+    assert parser.feed(b'a\nb\n') == []
+
+
 def test_a_character_may_be_cut_in_two():
     parser = legacy(COPYING)
     data = '\u259d  44% [{:-<40}]\r'.format('').encode('utf-8')
