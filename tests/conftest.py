@@ -1,10 +1,9 @@
 """What every test can use.
 
 Importing this module loads the script, whose file name Python cannot import, as the module
-virt_v2v_wrapper; test modules just import that.
+virt_v2v_wrapper; test modules just import that, and the modules in harness/.
 """
 import glob
-import importlib.util
 import os
 import pwd
 import re
@@ -16,24 +15,18 @@ import uuid
 import hypothesis
 import pytest
 
-import blackbox
-import processes
-from eventually import eventually
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'harness'))
+
+import blackbox                             # noqa: E402
+import processes                            # noqa: E402
+import script                               # noqa: E402
+from eventually import eventually           # noqa: E402
 
 # Not pytest's own directory: that one is closed to the users that the wrapper runs as.
 SCRATCH = '/var/tmp'
 
 
-def load_script():
-    """Return the script as a module, registered under a name that can be imported."""
-    spec = importlib.util.spec_from_file_location('virt_v2v_wrapper', blackbox.SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-load_script()
+script.load(script.SCRIPT)
 
 # How long an example takes says more about the machine than about the script.
 hypothesis.settings.register_profile('tests', deadline=None)

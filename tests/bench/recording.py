@@ -1,12 +1,8 @@
 """Gigabytes of virt-v2v's output, made of what was recorded."""
-import json
-import lzma
-import os
 import re
 
-CAPTURES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'captures')
-# A message among the lines of the log: a write of its own, so it may follow a bar ended by CR.
-INLINE_MESSAGE = re.compile(rb'(?<![^\r\n])\{ "message": [^\n]*\n')
+import captures
+
 # What a run says once, or once for each disk, however long it takes; the rest is the chatter of
 # the programs below virt-v2v, and that is what makes a log long.
 ONCE = re.compile(rb"\[ *[0-9]+\.[0-9]\] |.*% \[|nbdcopy |.*Opening file \["
@@ -14,28 +10,12 @@ ONCE = re.compile(rb"\[ *[0-9]+\.[0-9]\] |.*% \[|nbdcopy |.*Opening file \["
 BLOCK = 1 << 18             # the least that is written at once
 
 
-def recorded(name):
-    """Return the bytes of a recording, none if there is no such one."""
-    path = os.path.join(CAPTURES, name + '.xz')
-    if not os.path.exists(path):
-        return b''
-    with lzma.open(path) as stream:
-        return stream.read()
-
-
 def sections(name):
     """Return the recording `name` as (message, what was printed until the next one) each."""
-    log, messages = recorded(name + '.log'), recorded(name + '.json').splitlines(True)
-    if not messages:
-        messages = INLINE_MESSAGE.findall(log)
-        log = INLINE_MESSAGE.sub(b'', log)
-    found, start, message = [], 0, b''
-    for following in messages:
-        text = json.loads(following.decode('utf-8'))['message'].encode('utf-8')
-        end = re.compile(rb'^[^\n]*' + re.escape(text), re.MULTILINE).search(log, start).start()
-        found.append((message, log[start:end]))
-        message, start = following, end
-    return found + [(message, log[start:])]
+    recording = captures.load(name)
+    starts = [(0, b'')] + recording.messages
+    ends = [offset for offset, _ in recording.messages] + [len(recording.output)]
+    return [(message, recording.output[start:end]) for (start, message), end in zip(starts, ends)]
 
 
 def stretched(name, size):

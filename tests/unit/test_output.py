@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import virt_v2v_wrapper
-from test_replay import recorded
+from captures import recorded
 from virt_v2v_wrapper import (
     CHUNK, MAX_LINE, MAX_MESSAGE, Cause, Error, Guest, LineBuffer, MessageParser, Notice, Opened,
     OutputParser, Percent, Phase, Reached, Source, clean, parse_message, split)

@@ -16,6 +16,7 @@ import pytest
 
 import hidden
 import sweep
+from eventually import eventually
 from faults import guardian, strace, tamper
 from hidden import secret_descriptors
 from sweep import begun
@@ -132,7 +133,7 @@ def test_core_dumps_are_off_before_the_request_is_read(wrapper, needle):
                 where = stream.read()
             return 'pipe' in where and limits
         try:
-            limits = sweep.eventually(reading, 'the wrapper reads')
+            limits = eventually(reading, 'the wrapper reads')
         finally:
             process.communicate()
     assert set(limits) <= {'0', '1'}

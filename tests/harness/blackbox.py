@@ -21,10 +21,9 @@ import sys
 
 import processes
 from eventually import eventually
+from script import SCRIPT
 from virt_v2v import StandIn
 
-SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-                      'virt-v2v-wrapper.py')
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 PASSWORD = 'needle-6f1d2c'
 ABSENT = object()

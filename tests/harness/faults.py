@@ -11,18 +11,13 @@ import pytest
 
 import processes
 from eventually import eventually
+from script import loading
 
 RUNNER = """\
-import importlib.util
 import os
 import signal
-import sys
 
-sys.dont_write_bytecode = True
-spec = importlib.util.spec_from_file_location('virt_v2v_wrapper', {script!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-
+{load}
 {changes}
 
 os._exit(module.main())
@@ -39,7 +34,7 @@ def tamper(wrapper, changes):
     runner = os.path.join(wrapper.directory, 'runner.py')
     script = os.path.join(wrapper.directory, 'virt-v2v-wrapper.py')
     with open(runner, 'w', encoding='utf-8') as stream:
-        stream.write(RUNNER.format(script=script, changes=changes))
+        stream.write(RUNNER.format(load=loading(script), changes=changes))
     wrapper.script = runner
 
 

@@ -9,9 +9,9 @@ import tempfile
 
 import pytest
 
-import blackbox
 from eventually import eventually
 from faults import Disk, FailingCall, ReadOnlyDisk, disk, strace, tamper, traced
+from script import SCRIPT, loading
 from virt_v2v import bar, copying, phase, reach, repeat, source, wait
 from virt_v2v_wrapper import StateFile
 
@@ -98,17 +98,10 @@ def test_two_readers_of_a_conversion_see_complete_json_only(wrapper):
 
 # What memory is asked for by chance; a kill there is one between two of the other calls.
 MEMORY = ('mmap', 'munmap', 'mremap', 'madvise', 'brk')
-WRITER = """\
-import importlib.util
+WRITER = loading(SCRIPT) + """
 import os
-import sys
 
-script, directory = sys.argv[1:]
-sys.dont_write_bytecode = True
-spec = importlib.util.spec_from_file_location('virt_v2v_wrapper', script)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-state = module.StateFile(os.open(directory, os.O_RDONLY), 'state')
+state = module.StateFile(os.open(sys.argv[1], os.O_RDONLY), 'state')
 state.write({'text': 'old'})
 os.getppid()
 state.write({'text': 'new'})
@@ -121,7 +114,7 @@ class Writer:
 
     def __init__(self, directory):
         self._state = os.path.join(directory, 'state')
-        self._program = [sys.executable, '-I', '-c', WRITER, blackbox.SCRIPT, directory]
+        self._program = [sys.executable, '-I', '-c', WRITER, directory]
         self._strace = [strace(), '-o', '/dev/stdout']
 
     def run(self, *options):

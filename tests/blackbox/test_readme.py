@@ -1,6 +1,7 @@
 """The README is true: its examples, commands and tables are those of the script."""
 import collections
 import functools
+import glob
 import json
 import os
 import re
@@ -13,12 +14,12 @@ import subprocess
 import pytest
 import virt_v2v_wrapper as script
 
-import processes
-from blackbox import ABSENT, SCRIPT, become
+from blackbox import ABSENT, become
 from eventually import eventually
+from faults import guardian
+from script import ROOT
 from virt_v2v import bar, copying, error, phase, reach, source, stdout, wait
 
-ROOT = os.path.dirname(SCRIPT)
 VM_ID = '6f6a3c2e-3b7f-4d0c-9a0b-1f0a5f2c8f11'
 OVF = ("<Section ovf:id='%s' ovf:required='false'"
        " xsi:type='ovf:OperatingSystemSection_Type'>\n" % VM_ID)
@@ -389,8 +390,7 @@ def test_a_job_whose_processes_were_all_killed_is_called_dead(wrapper, shell):
     job = running(wrapper)
     state = job.state()
     scratch = wrapper.recorded().environment[b'TMPDIR']
-    guardian = int(processes.status(state['wrapper_pid'])['PPid'])
-    for process in guardian, state['wrapper_pid'], state['pid']:
+    for process in guardian(job), state['wrapper_pid'], state['pid']:
         os.kill(process, signal.SIGKILL)
     wrapper.wait_gone()
     shutil.rmtree(scratch)
@@ -409,6 +409,7 @@ def promised_tests():
 
 @pytest.mark.parametrize('name, words', promised_tests())
 def test_each_promise_has_the_tests_that_are_named_for_it(name, words):
-    with open(os.path.join(ROOT, 'tests', 'test_%s.py' % name), encoding='utf-8') as stream:
+    path, = glob.glob(os.path.join(ROOT, 'tests', '*', 'test_%s.py' % name))
+    with open(path, encoding='utf-8') as stream:
         tests = re.findall('^def (test_[a-z_0-9]*)', stream.read(), re.MULTILINE)
     assert [test for test in tests if words in test]

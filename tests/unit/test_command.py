@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+import captures
 from blackbox import PASSWORD, valid_request
-from test_replay import CAPTURES
 from virt_v2v import GENERATIONS
 from virt_v2v_wrapper import (
     Capabilities, HostError, Identity, capabilities, find_virt_v2v, parse_request,
@@ -21,12 +21,6 @@ NO_VDDK = 'virt-v2v: this version cannot read disks with VDDK'
 
 
 # --- what there is -----------------------------------------------------------------------
-
-def recorded(version):
-    """Return the capabilities that this version printed."""
-    with open(os.path.join(CAPTURES, 'capabilities-{}.txt'.format(version))) as stream:
-        return stream.read().split()
-
 
 def answers(json_messages, features, options=()):
     """Return a function that answers as a virt-v2v does; None is a refusal."""
@@ -54,7 +48,7 @@ def refusal(ask):
 
 @pytest.mark.parametrize('version', ['2.2.0', '2.6.0', '2.10.0'])
 def test_a_version_with_messages_knows_all_new_options(version):
-    assert capabilities(answers(True, recorded(version))) == MODERN
+    assert capabilities(answers(True, captures.capabilities(version))) == MODERN
 
 
 def test_a_version_with_messages_is_asked_once():
@@ -62,14 +56,14 @@ def test_a_version_with_messages_is_asked_once():
 
     def ask(option):
         asked.append(option)
-        return recorded('2.2.0')
+        return captures.capabilities('2.2.0')
     capabilities(ask)
     assert asked == ['--machine-readable=fd:1']
 
 
 def test_1_40_has_the_new_options_but_no_messages():
     options = ['-io', '-ip', '--vddk-libdir', '--password-file']
-    assert capabilities(answers(False, recorded('1.40.2'), options)) == FOCAL
+    assert capabilities(answers(False, captures.capabilities('1.40.2'), options)) == FOCAL
 
 
 @pytest.mark.parametrize('generation, expected', [
@@ -80,16 +74,17 @@ def test_each_generation_has_its_spelling(generation, expected):
 
 
 @pytest.mark.parametrize('ask', [
-    answers(False, recorded('1.36.13'), ['-i', '--password-file']),
-    answers(True, [name for name in recorded('2.2.0') if name != 'vddk']),
+    answers(False, captures.capabilities('1.36.13'), ['-i', '--password-file']),
+    answers(True, [name for name in captures.capabilities('2.2.0') if name != 'vddk']),
     stand_in('1.36.13')])
 def test_a_version_without_vddk_is_refused(ask):
     assert refusal(ask) == [NO_VDDK]
 
 
 @pytest.mark.parametrize('ask', [
-    answers(True, [name for name in recorded('2.10.0') if not name.startswith('output:ovirt')]),
-    answers(True, [name for name in recorded('2.2.0') if name != 'output:rhv']),
+    answers(True, [name for name in captures.capabilities('2.10.0')
+                   if not name.startswith('output:ovirt')]),
+    answers(True, [name for name in captures.capabilities('2.2.0') if name != 'output:rhv']),
     stand_in('RHEL 10'),
     answers(False, None),
     answers(False, [])])
