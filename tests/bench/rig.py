@@ -218,7 +218,7 @@ def memory(process):
     with open('/proc/{}/smaps_rollup'.format(process)) as stream:
         lines = [line.split() for line in stream][1:]
     found = {line[0].rstrip(':'): int(line[1]) for line in lines}
-    found['VmHWM'] = int(processes.status(process)['VmHWM'].split()[0])
+    found['VmHWM'] = processes.peak_memory(process)
     return found
 
 
@@ -234,17 +234,11 @@ def memory_alone(*found):
 
 def written(process):
     """Return how many bytes a process has written, whereto ever."""
-    return int(counts(process)['wchar'])
-
-
-def counts(process):
-    """Return what /proc/PID/io says, proc(5)."""
-    with open('/proc/{}/io'.format(process)) as stream:
-        return dict(line.split(': ') for line in stream)
+    return processes.io(process)['wchar']
 
 
 def activity(process):
     """Return (how often it was woken or interrupted, how many calls of write it made)."""
     status = processes.status(process)
     return (int(status['voluntary_ctxt_switches']) + int(status['nonvoluntary_ctxt_switches']),
-            int(counts(process)['syscw']))
+            processes.io(process)['syscw'])

@@ -130,7 +130,7 @@ def test_a_closed_stdin_is_named(waiting):
         b'', b'virt-v2v-wrapper: error: request: Bad file descriptor\n')
 
 
-def test_closed_descriptors_are_taken_before_a_file_of_ours_could_get_their_number(wrapper):
+def test_closed_descriptors_are_taken_before_any_file_of_ours(wrapper):
     process = wrapper.popen(prepare=closing([1, 2]))
     try:
         eventually(lambda: [processes.descriptors(process.pid).get(number) for number in (1, 2)]
@@ -140,7 +140,7 @@ def test_closed_descriptors_are_taken_before_a_file_of_ours_could_get_their_numb
 
 
 @pytest.mark.parametrize('numbers', [(1,), (1, 2)], ids=str)
-def test_virt_v2v_has_its_own_descriptors_when_the_caller_s_were_closed(wrapper, numbers):
+def test_virt_v2v_has_descriptors_when_the_caller_had_none(wrapper, numbers):
     with request_file(wrapper) as stdin:
         process = wrapper.popen(stdin=stdin, prepare=closing(numbers))
     process.communicate(timeout=60)
@@ -239,7 +239,7 @@ def test_a_full_pipe_that_nobody_reads_stops_the_job(waiting, patience):
     assert_stopped(waiting)
 
 
-def test_a_full_pipe_that_nobody_reads_as_stderr_leaves_the_exit_status(waiting):
+def test_a_full_pipe_as_stderr_leaves_the_exit_status(waiting):
     tamper(waiting, 'module.PRINT_PATIENCE = 0.2')
     with pipe() as ends:
         fill_up(ends[WRITE_END])
@@ -463,7 +463,7 @@ def block_ended_children():
 
 
 @pytest.mark.parametrize('prepare', [ignore_all, ignore_ended_children, block_ended_children])
-def test_virt_v2v_has_no_signal_ignored_or_blocked_whatever_the_caller_did(waiting, prepare):
+def test_virt_v2v_gets_no_signal_ignored_or_blocked(waiting, prepare):
     job = waiting.start(prepare=prepare)
     assert job.status == 0
     waiting.virt_v2v.wait_for('running')
@@ -472,7 +472,7 @@ def test_virt_v2v_has_no_signal_ignored_or_blocked_whatever_the_caller_did(waiti
     assert (run.signals('SigIgn'), run.signals('SigBlk')) == (set(), set())
 
 
-def test_a_job_can_be_stopped_whatever_signals_the_caller_ignored_or_blocked(waiting):
+def test_a_job_can_be_stopped_whatever_the_caller_ignored(waiting):
     job = waiting.start(prepare=ignore_all)
     waiting.virt_v2v.wait_for('running')
     os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
@@ -652,7 +652,7 @@ def state_now(paths):
         return json.load(stream)
 
 
-def test_by_ssh_the_exit_status_and_the_message_of_a_refusal_arrive(host):
+def test_by_ssh_status_and_message_of_a_refusal_arrive(host):
     client = host.sshd.popen(remote_command(host), stdin=subprocess.PIPE)
     stdout, stderr = client.communicate(b'[]', timeout=60)
     assert (client.returncode, stdout) == (2, b'')

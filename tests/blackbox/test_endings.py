@@ -8,23 +8,15 @@ import signal
 import pytest
 
 import processes
+import rooms
 from blackbox import DOMAIN
 from eventually import eventually
-from faults import Disk, disk, guardian, last_message, tamper, traced
+from faults import Disk, disk, guardian, known, last_message, tamper, traced
 from virt_v2v import (
-    bar, copying, daemon, die, error, fork, ignore, json_message, leave, phase, reach, repeat,
-    source, stdout, wait)
+    DISKS, bar, copying, daemon, die, error, fork, ignore, json_message, leave, phase, reach,
+    repeat, source, stdout, wait)
 
-DISK = '[ds1] vm/vm.vmdk'
 SHORT_GRACE = 'module.STOP_GRACE = module.STOP_GRACE_UNKNOWN = 0.2'
-
-
-def start_waiting(wrapper, *steps):
-    """Start a job that plays steps, then waits for "end"; return it when it waits."""
-    wrapper.virt_v2v.play(*steps, reach('waiting'), wait('end'))
-    job = wrapper.start()
-    wrapper.virt_v2v.wait_for('waiting')
-    return job
 
 
 def ended(wrapper, job):
@@ -90,8 +82,7 @@ def replace_after_questions(wrapper, command):
     ('/bin/chmod 0 "$0"', 'Permission denied'),
     ('/bin/cp /dev/null "$0".new; echo text > "$0".new; /bin/chmod 755 "$0".new;'
      ' /bin/mv "$0".new "$0"', 'Exec format error')])
-def test_a_virt_v2v_that_cannot_be_executed_any_more_is_the_caller_s_to_know(
-        wrapper, command, problem):
+def test_the_caller_is_told_that_virt_v2v_cannot_be_executed(wrapper, command, problem):
     replace_after_questions(wrapper, command)
     job = wrapper.start()
     wrapper.wait_gone()
@@ -100,7 +91,7 @@ def test_a_virt_v2v_that_cannot_be_executed_any_more_is_the_caller_s_to_know(
     assert [name for name in wrapper.files() if '.' in name] == []
 
 
-def test_arguments_that_do_not_fit_are_the_caller_s_to_know(wrapper):
+def test_the_caller_is_told_that_arguments_do_not_fit(wrapper):
     """The kernel takes 128 KiB where the stack is small: enough for us, not for virt-v2v."""
     def small_stack():
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
@@ -119,7 +110,7 @@ KILLERS = [signal.SIGKILL, signal.SIGSEGV, signal.SIGQUIT, signal.SIGUSR1]
 
 @pytest.mark.parametrize('number', KILLERS)
 def test_a_wrapper_that_is_killed_ends_virt_v2v_and_says_so(wrapper, number):
-    job = start_waiting(wrapper, source(DISK), copying(1, 1), bar(44))
+    job = wrapper.start_waiting(source(DISKS[0]), copying(1, 1), bar(44))
     before = job.wait_state(lambda state: state['disks'] and state['disks'][0]['progress'] == 44,
                             'it is copying')
     os.kill(before['wrapper_pid'], number)
@@ -132,7 +123,7 @@ def test_a_wrapper_that_is_killed_ends_virt_v2v_and_says_so(wrapper, number):
 
 def test_a_killed_wrapper_leaves_no_virt_v2v_that_ignores_term(wrapper):
     tamper(wrapper, SHORT_GRACE)
-    job = start_waiting(wrapper, ignore(signal.SIGTERM))
+    job = wrapper.start_waiting(ignore(signal.SIGTERM))
     os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
     assert failed(wrapper, job) == (-signal.SIGKILL, 'the wrapper was killed by SIGKILL')
 
@@ -141,24 +132,24 @@ def test_a_killed_wrapper_leaves_no_virt_v2v_that_ignores_term(wrapper):
 def test_a_killed_wrapper_leaves_no_descendant_of_virt_v2v(wrapper, changes):
     """Some kernels have no list of the children of a process."""
     tamper(wrapper, changes)
-    job = start_waiting(wrapper, fork(reach('child'), wait('never')),
-                        daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
+    job = wrapper.start_waiting(fork(reach('child'), wait('never')),
+                                daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
     wrapper.virt_v2v.wait_for('child')
     wrapper.virt_v2v.wait_for('daemon')
     os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
     failed(wrapper, job)
 
 
-def test_what_virt_v2v_says_after_the_wrapper_was_killed_is_in_its_log(wrapper):
-    job = start_waiting(wrapper)
+def test_what_virt_v2v_says_after_the_kill_is_in_its_log(wrapper):
+    job = wrapper.start_waiting()
     os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
     failed(wrapper, job)
     assert b'virt-v2v: Exiting on signal SIGTERM\n' in job.log('v2v_log')
 
 
-def test_a_success_is_published_if_the_wrapper_is_killed_before_it_can(wrapper):
+def test_a_killed_wrapper_does_not_hide_a_success(wrapper):
     with disk(wrapper.state_dir, wrapper.user) as state_disk:
-        job = start_waiting(wrapper)
+        job = wrapper.start_waiting()
         state_disk.fail()
         before = job.state()
         wrapper.virt_v2v.let('end')
@@ -169,10 +160,10 @@ def test_a_success_is_published_if_the_wrapper_is_killed_before_it_can(wrapper):
     assert (state['return_code'], 'failed' in state) == (0, False)
 
 
-def test_the_end_of_a_killed_wrapper_is_published_once_there_is_room(wrapper):
+def test_after_a_kill_the_ending_comes_once_there_is_room(wrapper):
     tamper(wrapper, 'module.PUBLISH_RETRY = 0.1')
     with disk(wrapper.state_dir, wrapper.user) as state_disk:
-        job = start_waiting(wrapper)
+        job = wrapper.start_waiting()
         state_disk.fail()
         os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
         eventually(lambda: b'trying again' in job.log('wrapper_log'), 'a write has failed')
@@ -182,7 +173,7 @@ def test_the_end_of_a_killed_wrapper_is_published_once_there_is_room(wrapper):
 
 
 def test_a_killed_guardian_changes_nothing(wrapper):
-    job = start_waiting(wrapper, phase('Opening the source'))
+    job = wrapper.start_waiting(phase('Opening the source'))
     os.kill(guardian(job), signal.SIGKILL)
     wrapper.virt_v2v.let('end')
     state = ended(wrapper, job)
@@ -190,15 +181,15 @@ def test_a_killed_guardian_changes_nothing(wrapper):
 
 
 def test_without_a_guardian_the_wrapper_still_stops_on_a_signal(wrapper):
-    job = start_waiting(wrapper)
+    job = wrapper.start_waiting()
     os.kill(guardian(job), signal.SIGKILL)
     os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
     assert failed(wrapper, job) == (1, 'the wrapper was told to stop by SIGTERM')
 
 
 def test_without_a_guardian_nothing_is_left_either(wrapper):
-    job = start_waiting(wrapper, fork(reach('child'), wait('never')),
-                        daemon(reach('daemon'), wait('never')))
+    job = wrapper.start_waiting(fork(reach('child'), wait('never')),
+                                daemon(reach('daemon'), wait('never')))
     wrapper.virt_v2v.wait_for('child')
     wrapper.virt_v2v.wait_for('daemon')
     os.kill(guardian(job), signal.SIGKILL)
@@ -208,7 +199,7 @@ def test_without_a_guardian_nothing_is_left_either(wrapper):
 
 
 def test_the_guardian_passes_a_stop_signal_on(wrapper):
-    job = start_waiting(wrapper)
+    job = wrapper.start_waiting()
     os.kill(guardian(job), signal.SIGTERM)
     assert failed(wrapper, job) == (1, 'the wrapper was told to stop by SIGTERM')
 
@@ -219,7 +210,7 @@ def scratch(wrapper):
 
 
 def test_a_killed_wrapper_leaves_no_temporary_files(wrapper):
-    job = start_waiting(wrapper)
+    job = wrapper.start_waiting()
     directory = scratch(wrapper)
     assert os.path.isdir(directory)
     os.kill(job.state()['wrapper_pid'], signal.SIGKILL)
@@ -227,8 +218,8 @@ def test_a_killed_wrapper_leaves_no_temporary_files(wrapper):
     assert not os.path.exists(directory)
 
 
-def test_temporary_files_that_cannot_be_removed_do_not_hide_the_ending(wrapper):
-    job = start_waiting(wrapper)
+def test_temporary_files_that_stay_do_not_hide_the_ending(wrapper):
+    job = wrapper.start_waiting()
     directory = scratch(wrapper)
     os.chmod(directory, 0)
     wrapper.virt_v2v.let('end')
@@ -262,24 +253,26 @@ NOT_IN_THE_GUARDIAN = 'os.getsid(0) != os.getpid()'         # it leads the sessi
 def breaking(wrapper, name, where=NOT_IN_THE_GUARDIAN):
     """Have a function of the script raise an exception from the step reach("broken") on."""
     mark = os.path.join(wrapper.directory, 'stand-in', 'marks', 'broken')
-    owner, _, function = ('module.' + name).rpartition('.')
+    owner, _, function = ('module.' + known(name)).rpartition('.')
     tamper(wrapper, '%s\n%s\nbreakable(%s, %r)' % (
         SHORT_GRACE, BREAK.format(mark=mark, where=where), owner, function))
 
 
 def play_broken(wrapper, *steps):
     """Start a job that copies a disk after something has broken; then it plays steps."""
-    wrapper.virt_v2v.play(phase('Opening the source'), wait('begin'), reach('broken'), source(DISK),
-                          copying(1, 1), bar(44), phase('Finishing off'), *steps)
+    wrapper.virt_v2v.play(phase('Opening the source'), wait('begin'), reach('broken'),
+                          source(DISKS[0]), copying(1, 1), bar(44), phase('Finishing off'), *steps)
     job = wrapper.start()
     wrapper.virt_v2v.let('begin')       # not before: the first state is needed
     return job
 
 
+# What ends each job, or is there before or after it.
+ENDING = ['finished_document', 'failure_text', 'Ending']
+OUTSIDE = ['no_progress', 'timestamp', 'signal_name', 'MessageParser.__init__',
+           'OutputParser.__init__']
 # What follows virt-v2v, and what turns that into the state.
-PARSING = ['parse_message', 'phase', 'fold', 'clean', 'error_text', 'state_document', '_disks',
-           'MessageParser.feed', 'OutputParser.feed', 'OutputParser.announce', 'OutputParser.end',
-           'OutputParser._look', 'OutputParser._enter', 'LineBuffer.take', 'LineBuffer.end']
+PARSING = [name for name in rooms.boundary('Output', 'Progress') if name not in ENDING + OUTSIDE]
 
 
 @pytest.mark.parametrize('name', PARSING)
@@ -301,9 +294,9 @@ def test_a_mistake_in_parsing_does_not_hide_a_failure(wrapper, name):
     assert message
 
 
-def test_a_mistake_in_a_write_that_was_put_off_does_not_end_a_healthy_virt_v2v(wrapper):
-    breaking(wrapper, '_disks')
-    wrapper.virt_v2v.play(source(DISK), copying(1, 1), bar(10), wait('break'), reach('broken'),
+def test_a_mistake_in_a_write_put_off_does_not_end_virt_v2v(wrapper):
+    breaking(wrapper, 'state_document')
+    wrapper.virt_v2v.play(source(DISKS[0]), copying(1, 1), bar(10), wait('break'), reach('broken'),
                           repeat(3, bar(44), bar(55)), wait('end'))
     job = wrapper.start()
     job.wait_state(lambda state: state['disks'] and state['disks'][0]['progress'] == 10,
@@ -316,13 +309,10 @@ def test_a_mistake_in_a_write_that_was_put_off_does_not_end_a_healthy_virt_v2v(w
 
 
 @pytest.mark.parametrize('name', ['Follower._read', 'Loop._patience', 'Pipe.read'])
-def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v_and_says_so(wrapper, name):
+def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v(wrapper, name):
     breaking(wrapper, name)
     _, message = failed(wrapper, play_broken(wrapper, wait('never')))
     assert message == 'the wrapper failed, see its log'
-
-
-ENDING = ['finished_document', 'failure_text', 'Ending']
 
 
 @pytest.mark.parametrize('name', ENDING)
@@ -337,7 +327,7 @@ def test_a_mistake_in_what_ends_each_job_does_not_deny_a_success(wrapper, name):
     breaking(wrapper, name, EVERYWHERE)
     state = ended(wrapper, play_broken(wrapper))
     assert (state['return_code'], 'failed' in state, state['disks']) == (
-        0, False, [{'path': DISK, 'progress': 100}])
+        0, False, [{'path': DISKS[0], 'progress': 100}])
 
 
 @pytest.mark.parametrize('name', ['kill_descendants', 'remove_tree', '_children'])
@@ -408,7 +398,7 @@ def scratch_directory(wrapper):
 
 def play_short(wrapper):
     """Have virt-v2v do a bit of everything."""
-    wrapper.virt_v2v.play(phase('Opening the source'), source(DISK), copying(1, 1), bar(44),
+    wrapper.virt_v2v.play(phase('Opening the source'), source(DISKS[0]), copying(1, 1), bar(44),
                           daemon(wait('never')), phase('Finishing off'))
 
 
@@ -461,20 +451,20 @@ def sweep(wrapper, action, share):
 
 
 @pytest.mark.parametrize('action', sorted(ACTIONS))
-def test_whenever_something_happens_to_the_wrapper_the_ending_is_published(wrapper, action):
+def test_whatever_happens_the_ending_is_published(wrapper, action):
     sweep(wrapper, action, 6)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('action', sorted(ACTIONS))
-def test_whatever_call_something_happens_at_the_ending_is_published(wrapper, action):
+def test_whatever_happens_at_any_call_the_ending_is_published(wrapper, action):
     sweep(wrapper, action, 0 if action == 'killed' else 60)
 
 
 @pytest.mark.long
 def test_killed_at_any_system_call_the_ending_is_published(wrapper):
     for name, count in system_calls(wrapper):
-        job = start_waiting(wrapper, phase('Opening the source'))
+        job = wrapper.start_waiting(phase('Opening the source'))
         with traced(job.state()['wrapper_pid'], '-e', 'trace=' + name, '-e',
                     'inject=%s:signal=KILL:when=%d' % (name, count)):
             wrapper.virt_v2v.let('end')
@@ -489,7 +479,7 @@ def test_killed_at_any_system_call_the_ending_is_published(wrapper):
 
 def system_calls(wrapper):
     """Return the monitor's system calls at the end as (name, how many of that came by then)."""
-    job = start_waiting(wrapper, phase('Opening the source'))
+    job = wrapper.start_waiting(phase('Opening the source'))
     with traced(job.state()['wrapper_pid']) as log:
         wrapper.virt_v2v.let('end')
         job.wait_finished()
@@ -506,16 +496,16 @@ BURST = b''.join(b'line %06d of many\n' % number for number in range(60000))
 
 
 @pytest.mark.parametrize('start', [fork, daemon])
-def test_a_process_that_holds_the_pipe_does_not_hold_up_the_end_and_is_killed(wrapper, start):
-    job = start_waiting(wrapper, start(ignore(signal.SIGTERM), reach('held'), wait('never')))
+def test_a_process_that_holds_the_pipe_is_killed_at_the_end(wrapper, start):
+    job = wrapper.start_waiting(start(ignore(signal.SIGTERM), reach('held'), wait('never')))
     wrapper.virt_v2v.wait_for('held')
     wrapper.virt_v2v.let('end')
     assert ended(wrapper, job)['return_code'] == 0
 
 
 @pytest.mark.parametrize('start', [fork, daemon])
-def test_a_process_that_prints_for_ever_does_not_hold_up_the_end_and_is_killed(wrapper, start):
-    job = start_waiting(wrapper, start(reach('held'), repeat(10 ** 9, stdout(b'more\n'))))
+def test_a_process_that_prints_for_ever_is_killed_at_the_end(wrapper, start):
+    job = wrapper.start_waiting(start(reach('held'), repeat(10 ** 9, stdout(b'more\n'))))
     wrapper.virt_v2v.wait_for('held')
     wrapper.virt_v2v.let('end')
     assert ended(wrapper, job)['return_code'] == 0
@@ -529,7 +519,7 @@ def test_what_was_printed_right_before_the_end_is_in_the_log(wrapper):
     assert job.log('v2v_log') == BURST
 
 
-def test_what_was_printed_before_the_end_is_in_the_log_while_another_holds_the_pipe(wrapper):
+def test_what_was_printed_is_in_the_log_if_the_pipe_is_held(wrapper):
     wrapper.virt_v2v.play(daemon(reach('held'), wait('never')), wait('go'), stdout(BURST))
     job = wrapper.start()
     wrapper.virt_v2v.wait_for('held')
@@ -545,14 +535,14 @@ def test_an_error_right_after_a_burst_of_output_is_published(wrapper):
 
 def is_zombie(process):
     """Say whether a process has ended, but its number cannot be given to another."""
-    return processes.status(process)['State'].startswith('Z')
+    return processes.state(process) == 'Z'
 
 
 @pytest.mark.parametrize('kill', [False, True])
-def test_until_the_final_state_is_out_no_other_process_can_get_the_published_pid(wrapper, kill):
+def test_the_published_pid_is_taken_until_the_final_state(wrapper, kill):
     """Also if the wrapper is killed in between; then the guardian sees to that."""
     with disk(wrapper.state_dir, wrapper.user, Disk) as state_disk:
-        job = start_waiting(wrapper)
+        job = wrapper.start_waiting()
         before = job.state()
         state_disk.fail()
         wrapper.virt_v2v.let('end')
@@ -569,7 +559,7 @@ def test_until_the_final_state_is_out_no_other_process_can_get_the_published_pid
     assert not os.path.exists('/proc/%d' % before['pid'])
 
 
-def test_what_a_failed_conversion_left_in_the_export_domain_is_named(wrapper):
+def test_what_a_failure_left_in_the_export_domain_is_named(wrapper):
     image = '../../export/%s/images/left' % DOMAIN
     wrapper.virt_v2v.play(reach(image), leave(1))
     job = wrapper.start()

@@ -10,17 +10,13 @@ import pytest
 
 from eventually import eventually
 from faults import tamper
+from results import error_line, mode
 from virt_v2v import copying, phase, reach, wait
 
 SUFFIXES = ('{}.log', '{}-wrapper.log', '{}.state', '.{}.state.tmp')
 FOREIGN_TEXT = ('expected a directory that belongs to the user who runs the conversion, and that'
                 ' nobody else may write to')
 VICTIM = 'what was there before\n'
-
-
-def mode(path):
-    """Return the permission bits of a file."""
-    return oct(stat.S_IMODE(os.lstat(path).st_mode))
 
 
 def fingerprint(path):
@@ -35,11 +31,6 @@ def fingerprint(path):
     elif stat.S_ISDIR(status.st_mode):
         about.append(sorted(os.listdir(path)))
     return about
-
-
-def error_line(problem):
-    """Return the bytes of stderr for one problem."""
-    return 'virt-v2v-wrapper: error: {}\n'.format(problem).encode()
 
 
 # --- something in the place of a file ----------------------------------------------------
@@ -149,8 +140,7 @@ def test_what_is_in_the_place_of_a_file_stays_as_it_is(wrapper, victim, pattern,
 
 
 @pytest.mark.parametrize('pattern', SUFFIXES, ids=['v2v_log', 'wrapper_log', 'state', 'temporary'])
-def test_when_a_name_is_taken_nothing_but_the_three_files_of_another_name_is_made(
-        wrapper, victim, pattern):
+def test_when_a_name_is_taken_only_files_of_the_next_are_made(wrapper, victim, pattern):
     make_directories(wrapper)
     job = wrapper.start(prepare=in_the_way(wrapper, pattern, lambda path: symlink(path, victim)))
     job.wait_finished()
@@ -208,7 +198,7 @@ def test_a_directory_that_others_may_write_to_is_refused(wrapper, place, bits):
     make_directories(wrapper)
     os.chmod(at(wrapper, place), bits)
     assert_refused(wrapper, '{}: {}'.format(at(wrapper, place), FOREIGN_TEXT))
-    assert mode(at(wrapper, place)) == oct(bits)
+    assert mode(at(wrapper, place)) == bits
     assert os.listdir(at(wrapper, place)) == []
 
 
@@ -248,8 +238,7 @@ def test_root_gives_nothing_away_that_was_there_before(root_wrapper):
 
 
 @pytest.mark.parametrize('owner, group, bits', [(12345, 12345, 0o755), (0, 12345, 0o1775)])
-def test_root_makes_nothing_in_a_directory_that_others_may_write_to(root_wrapper, owner, group,
-                                                                    bits):
+def test_root_makes_no_files_where_others_may_write(root_wrapper, owner, group, bits):
     """There it could be exchanged for another one before it changes hands."""
     shared = os.path.join(root_wrapper.directory, 'shared')
     os.mkdir(shared)
@@ -272,8 +261,7 @@ TAKEN = 'v2v-' + b'same'.hex()
 
 
 @pytest.mark.parametrize('obstacle', OBSTACLES)
-def test_what_is_in_the_place_of_the_directory_for_temporary_files_stays_as_it_is(
-        wrapper, victim, obstacle):
+def test_what_is_in_the_place_of_temporary_files_stays(wrapper, victim, obstacle):
     tamper(wrapper, SCRATCH.format(home=wrapper.home))
     path = os.path.join(wrapper.home, TAKEN)
     obstacle(path, victim)
@@ -298,7 +286,7 @@ echo "$TMPDIR" > "$HOME/../where"
 """
 
 
-def test_what_temporary_links_point_to_stays_when_they_are_removed(wrapper, victim):
+def test_what_temporary_links_point_to_stays(wrapper, victim):
     with open(os.path.join(wrapper.directory, 'where'), 'w'):
         os.chmod(os.path.join(wrapper.directory, 'where'), 0o666)
     identity_home = 'real = module.find_identity\n' \
@@ -328,8 +316,8 @@ def test_modes_are_exact_under_any_umask(wrapper, umask):
     modes = [mode(path) for path in job.paths + (wrapper.log_dir, wrapper.state_dir, scratch)]
     wrapper.virt_v2v.let('end')
     job.wait_finished()
-    assert modes == ['0o640', '0o640', '0o644', '0o755', '0o755', '0o700']
-    assert [mode(path) for path in job.paths] == ['0o640', '0o640', '0o644']
+    assert modes == [0o640, 0o640, 0o644, 0o755, 0o755, 0o700]
+    assert [mode(path) for path in job.paths] == [0o640, 0o640, 0o644]
 
 
 @pytest.mark.parametrize('umask', [0, 0o077])
@@ -339,7 +327,7 @@ def test_modes_and_owners_are_exact_as_root_too(root_wrapper, umask):
     job = root_wrapper.start(umask=umask)
     job.wait_finished()
     paths = job.paths + (root_wrapper.log_dir, path, os.path.dirname(path))
-    assert [mode(path) for path in paths] == ['0o640', '0o640', '0o644'] + ['0o755'] * 3
+    assert [mode(path) for path in paths] == [0o640, 0o640, 0o644] + [0o755] * 3
     assert {(os.stat(path).st_uid, os.stat(path).st_gid) for path in paths} == {
         (root_wrapper.user.pw_uid, root_wrapper.user.pw_gid)}
 
@@ -413,7 +401,7 @@ def finished(path):
 
 
 @pytest.mark.parametrize('count', [8, pytest.param(60, marks=pytest.mark.long)])
-def test_starts_of_the_same_name_at_the_same_moment_do_not_collide(wrapper, count):
+def test_starts_of_one_name_at_one_moment_do_not_collide(wrapper, count):
     tamper(wrapper, SAME_NAME)
     results = start_at_once(wrapper, count)
     assert {(status, stderr) for status, _, stderr in results} == {(0, b'')}
@@ -450,7 +438,7 @@ module.create_exclusively = create_exclusively
 """
 
 
-def test_a_start_that_finds_the_name_taken_meanwhile_leaves_the_other_s_files_alone(wrapper):
+def test_a_name_taken_meanwhile_leaves_the_other_s_files_alone(wrapper):
     """Both saw that there was no state yet; the other one was the first to make its files."""
     others = [os.path.join(wrapper.state_dir, '.' + STEM + '.state.tmp'),
               os.path.join(wrapper.log_dir, STEM + '-wrapper.log'),
@@ -475,7 +463,7 @@ def open_and_read(path):
         return stream.read()
 
 
-def test_two_jobs_with_different_log_directories_do_not_share_a_state_file(wrapper):
+def test_jobs_with_other_log_directories_share_no_state_file(wrapper):
     """The first has made its logs, and not yet its state, when the second one starts."""
     tamper(wrapper, SAME_NAME + """
 def make_scratch(real=module.make_scratch):
@@ -520,7 +508,7 @@ def test_when_all_names_are_taken_the_start_is_refused(wrapper):
 
 # --- nothing of a job that was refused ---------------------------------------------------
 
-def test_a_start_that_fails_leaves_the_files_of_others_and_none_of_its_own(wrapper):
+def test_a_start_that_fails_leaves_only_the_files_of_others(wrapper):
     make_directories(wrapper)
     other = os.path.join(wrapper.state_dir, 'v2v-import-20010101T000000-1.state')
     file_of_the_caller_s(other, None)
@@ -542,7 +530,7 @@ def acl_tool():
     return 'setfacl'
 
 
-def test_a_directory_that_an_access_list_opens_to_somebody_is_refused(wrapper):
+def test_a_directory_that_an_access_list_opens_is_refused(wrapper):
     make_directories(wrapper)
     if subprocess.call([acl_tool(), '-m', 'u:daemon:rwx', wrapper.state_dir]) != 0:
         pytest.skip('this file system has no access lists')

@@ -7,19 +7,13 @@ import pytest
 import processes
 from eventually import eventually
 from virt_v2v import (
-    GENERATIONS, bar, copying, error, fill, json_message, leave, machine, old_bar, phase, reach,
-    source, stderr, stdout, wait)
+    DISKS, GENERATIONS, bar, copying, error, fill, json_message, leave, machine, old_bar, phase,
+    reach, source, stderr, stdout, wait)
 
-DISKS = ['[ds1] vm/vm.vmdk', '[ds1] vm/vm_1.vmdk']
 VM_ID = b'11111111-2222-4333-8444-555555555555'
 USABLE = sorted(set(GENERATIONS) - {'1.36.13', 'RHEL 10'})
 WITH_MESSAGES = [name for name in USABLE if GENERATIONS[name].json]
 MEGABYTES = [20, pytest.param(200, marks=pytest.mark.long)]
-
-
-def peak_memory(process):
-    """Return the most memory a process ever had, in KiB."""
-    return int(processes.status(process)['VmHWM'].split()[0])
 
 
 # --- lines without an end ----------------------------------------------------------------
@@ -32,8 +26,7 @@ def step_of(stream, data):
 @pytest.mark.parametrize('megabytes', MEGABYTES)
 @pytest.mark.parametrize('stream, byte', [
     ('stdout', b'x'), ('stderr', b'\0'), ('stdout', b'\xff'), ('machine', b'x')])
-def test_a_line_without_an_end_takes_no_memory_and_the_next_is_parsed(
-        wrapper, megabytes, stream, byte):
+def test_a_line_without_an_end_takes_no_memory(wrapper, megabytes, stream, byte):
     wrapper.virt_v2v.play(
         phase('Opening the source'), source(DISKS[0]), copying(1, 1), bar(10), wait('go'),
         fill(stream, byte, megabytes << 20), step_of(stream, b'\n'), bar(55),
@@ -42,12 +35,12 @@ def test_a_line_without_an_end_takes_no_memory_and_the_next_is_parsed(
     before = job.wait_state(lambda state: state.get('phase') == 'Copying disk 1/1',
                             'it is copying')
     process = before['wrapper_pid']
-    memory = peak_memory(process)
+    memory = processes.peak_memory(process)
     wrapper.virt_v2v.let('go')
     job.wait_state(lambda state: state['disks'] == [{'path': DISKS[0], 'progress': 55}],
                    'the next line is parsed')
     job.wait_state(lambda state: 'last_message' in state, 'the next message is parsed')
-    grown = peak_memory(process) - memory
+    grown = processes.peak_memory(process) - memory
     wrapper.virt_v2v.let('end')
     assert job.wait_finished()['return_code'] == 0
     # Some buffers of 64 KiB, and what Python itself takes.
@@ -61,10 +54,10 @@ def test_many_short_lines_take_no_memory(wrapper):
                           wait('end'))
     job = wrapper.start()
     process = job.wait_state(lambda state: 'phase' in state, 'it has begun')['wrapper_pid']
-    memory = peak_memory(process)
+    memory = processes.peak_memory(process)
     wrapper.virt_v2v.let('go')
     job.wait_state(lambda state: state['phase'] == 'Finishing off', 'all was read')
-    grown = peak_memory(process) - memory
+    grown = processes.peak_memory(process) - memory
     wrapper.virt_v2v.let('end')
     job.wait_finished()
     assert grown < 8192
@@ -111,7 +104,7 @@ def test_a_message_that_is_none_changes_nothing(wrapper, message):
     assert b'internal error' not in job.log('wrapper_log')
 
 
-def test_a_message_is_published_without_what_a_terminal_would_act_on(wrapper):
+def test_a_message_is_published_without_control_characters(wrapper):
     wrapper.virt_v2v.play(json_message('message', 'Opening \x1b[2J\x9b31m the source'),
                           error('cannot \x1b]0;x\x07 log in'))
     job = wrapper.start()
@@ -206,7 +199,7 @@ def run_behind(wrapper, generation, in_the_guest):
     state = job.state()
     os.kill(state['wrapper_pid'], signal.SIGSTOP)
     wrapper.virt_v2v.let('go')
-    eventually(lambda: processes.status(state['pid'])['State'].startswith('Z'), 'it is over')
+    eventually(lambda: processes.state(state['pid']) == 'Z', 'it is over')
     os.kill(state['wrapper_pid'], signal.SIGCONT)
     final = job.wait_finished()
     wrapper.wait_gone()

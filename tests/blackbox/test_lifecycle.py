@@ -2,21 +2,16 @@
 import os
 import re
 import signal
-import stat
 
 import pytest
 
 import processes
+from faults import absent, not_executable, without_interpreter
+from results import mode
 from virt_v2v import (
-    GENERATIONS, bar, copying, daemon, die, error, old_bar, phase, reach, source, wait)
+    DISKS, GENERATIONS, bar, copying, daemon, die, error, old_bar, phase, reach, source, wait)
 
-DISKS = ['[ds1] vm/vm.vmdk', '[ds1] vm/vm_1.vmdk']
 UNUSABLE = {'1.36.13', 'RHEL 10'}       # no VDDK, no output to oVirt
-
-
-def mode(path):
-    """Return the permission bits of a file."""
-    return stat.S_IMODE(os.stat(path).st_mode)
 
 
 def copy_two_disks(progress=bar, to=None):
@@ -58,22 +53,9 @@ def test_modes_do_not_depend_on_the_umask(wrapper, umask):
     assert [mode(path) for path in job.paths] == [0o640, 0o640, 0o644]
 
 
-def not_executable(program):
-    os.chmod(program, 0o644)
-
-
-def without_interpreter(program):
-    with open(program, 'w') as stream:
-        stream.write('#!/nonexistent\n')
-
-
-def absent(program):
-    os.unlink(program)
-
-
 @pytest.mark.parametrize('spoil', [not_executable, without_interpreter, absent])
 def test_without_a_virt_v2v_that_runs_nothing_is_started_or_left(wrapper, spoil):
-    spoil(wrapper.virt_v2v.program)
+    spoil(wrapper)
     job = wrapper.start()
     assert (job.status, job.stdout) == (1, b'')
     assert re.fullmatch(rb'virt-v2v-wrapper: error: .*virt-v2v.*\n', job.stderr)
@@ -173,7 +155,7 @@ def test_the_password_is_in_a_descriptor_only(wrapper):
     assert b'needle-1' not in given
 
 
-def test_a_name_that_looks_like_an_option_comes_after_the_options(wrapper):
+def test_a_name_like_an_option_comes_after_the_options(wrapper):
     name = '-v "\u00e9\U0001f4bf'
     wrapper.start(wrapper.request(vm_name=name)).wait_finished()
     assert wrapper.recorded().arguments[-2:] == [b'--', name.encode('utf-8')]

@@ -5,9 +5,8 @@ import pytest
 
 import processes
 from faults import guardian
-from virt_v2v import bar, copying, error, leave, phase, repeat, source, stdout, wait
+from virt_v2v import DISKS, bar, copying, error, leave, phase, repeat, source, stdout, wait
 
-DISKS = ['[ds1] vm/vm.vmdk', '[ds1] vm/vm_1.vmdk']
 NOISE = [stdout(b'libguestfs: trace: v2v: something or other\n' * 200)]
 # Each prints about 3 MB, as fast as it can.
 CONVERSION = [

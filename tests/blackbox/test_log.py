@@ -76,14 +76,14 @@ def assert_complete_but_for_what_it_says(log):
     assert log.endswith(b' bytes are missing here\nthe last line\n')
 
 
-def test_a_full_log_disk_costs_output_only_and_the_log_says_how_much(wrapper):
+def test_a_full_log_disk_costs_output_only(wrapper):
     with disk(wrapper.log_dir, wrapper.user) as log_disk:
         conversion = Conversion(wrapper)
         conversion.fail(log_disk.fail)
         assert_complete_but_for_what_it_says(conversion.work(log_disk.work))
 
 
-def test_a_failing_log_disk_costs_output_only_and_the_log_says_how_much(wrapper):
+def test_a_failing_log_disk_costs_output_only(wrapper):
     conversion = Conversion(wrapper)
     job = conversion.job
     writing = FailingCall(job.state()['wrapper_pid'], 'write', 'EIO',
@@ -92,7 +92,7 @@ def test_a_failing_log_disk_costs_output_only_and_the_log_says_how_much(wrapper)
     assert_complete_but_for_what_it_says(conversion.work(writing.work))
 
 
-def test_a_log_at_its_size_limit_costs_output_only_and_the_log_says_how_much(wrapper):
+def test_a_log_at_its_size_limit_costs_output_only(wrapper):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
     wrapper.virt_v2v.play(stdout(PART), reach('printed'), wait('go'), stdout(b'the last line\n'))
@@ -135,7 +135,7 @@ def test_a_full_log_disk_does_not_hide_a_failure(wrapper):
     assert state['last_message']['message'] == 'no route'
 
 
-def test_without_room_for_the_first_record_the_conversion_runs_all_the_same(wrapper):
+def test_without_room_for_any_record_the_conversion_runs(wrapper):
     with disk(wrapper.log_dir, wrapper.user) as log_disk:
         log_disk.fail()
         wrapper.virt_v2v.play(stdout(PART))

@@ -12,16 +12,12 @@ import pytest
 import processes
 from eventually import eventually
 from faults import guardian, strace, tamper
+from results import error_line
 from virt_v2v import ignore, reach, wait
 
 IDS = ('Uid', 'Gid', 'Groups', 'CapInh', 'CapPrm', 'CapEff', 'CapAmb')
 GROUP_OF_ROOT_S = 54321
 MOUNT_POINT = '/run/virt-v2v-wrapper'
-
-
-def error_line(problem):
-    """Return the bytes of stderr for one problem."""
-    return 'virt-v2v-wrapper: error: {}\n'.format(problem).encode()
 
 
 def vdsm_s(user):
@@ -167,7 +163,7 @@ def assert_nothing_happened(wrapper, job, *problems):
 
 
 @pytest.mark.parametrize('call', ['setgroups', 'setresgid', 'setresuid', 'capset'])
-def test_if_a_step_of_the_change_fails_nothing_is_created_and_nothing_started(root_wrapper, call):
+def test_if_a_step_of_the_change_fails_nothing_is_started(root_wrapper, call):
     under_strace(root_wrapper, '-e', 'inject=%s:error=EPERM' % call)
     job = root_wrapper.start()
     name = 'capset: ' if call == 'capset' else ''       # not called by Python, so named
@@ -176,15 +172,14 @@ def test_if_a_step_of_the_change_fails_nothing_is_created_and_nothing_started(ro
 
 
 @pytest.mark.parametrize('call', ['setgroups', 'setresgid', 'setresuid', 'capset'])
-def test_if_a_step_of_the_change_does_nothing_nothing_is_created_and_nothing_started(
-        root_wrapper, call):
+def test_if_a_step_of_the_change_is_void_nothing_is_started(root_wrapper, call):
     """The system call says that it worked, and did not."""
     under_strace(root_wrapper, '-e', 'inject=%s:retval=0' % call)
     job = root_wrapper.start(prepare=everything)
     assert_nothing_happened(root_wrapper, job, 'cannot become user vdsm: privileges are left')
 
 
-def test_a_directory_made_for_vdsm_is_not_left_if_the_change_fails(root_wrapper):
+def test_a_directory_made_for_vdsm_goes_if_the_change_fails(root_wrapper):
     """Root makes it first, where vdsm may not."""
     path = os.path.join(root_wrapper.directory, 'new')
     under_strace(root_wrapper, '-e', 'inject=setresuid:error=EPERM')
@@ -221,8 +216,7 @@ module.pwd = types.SimpleNamespace(getpwnam=getpwnam)
 @pytest.mark.parametrize('entry, problem', [
     ('{}', 'user: there is no user vdsm on this host'),
     ('{"vdsm": Entry("vdsm", 0, 36, "/")}', 'user: user vdsm is root')], ids=['absent', 'root'])
-def test_without_a_vdsm_that_is_not_root_nothing_is_created_and_nothing_started(
-        root_wrapper, entry, problem):
+def test_without_a_proper_vdsm_nothing_is_started(root_wrapper, entry, problem):
     tamper(root_wrapper, USER_DATABASE.format(entry=entry))
     assert_nothing_happened(root_wrapper, root_wrapper.start(), problem)
 
@@ -369,7 +363,7 @@ def test_the_mount_is_gone_when_the_job_has_ended(root_wrapper, host, mounted):
     assert mounts(host.pid) == []
 
 
-def test_the_mount_is_gone_after_a_kill_of_all_processes_of_the_job(root_wrapper, host, mounted):
+def test_the_mount_is_gone_after_a_kill_of_all_processes(root_wrapper, host, mounted):
     for process in host.job_processes():
         os.kill(process, signal.SIGKILL)
     host.wait_gone()
@@ -377,7 +371,7 @@ def test_the_mount_is_gone_after_a_kill_of_all_processes_of_the_job(root_wrapper
     assert mounts(host.pid) == []
 
 
-def test_the_mount_is_gone_when_the_conversion_could_not_be_started(root_wrapper, host):
+def test_the_mount_is_gone_after_a_start_that_fails(root_wrapper, host):
     os.unlink(root_wrapper.virt_v2v.program)
     job = host.start()
     assert (job.status, job.stderr) == (1, error_line('virt-v2v: not found on PATH'))
@@ -385,7 +379,7 @@ def test_the_mount_is_gone_when_the_conversion_could_not_be_started(root_wrapper
     assert mounts(host.pid) == []
 
 
-def test_two_jobs_mount_their_export_domains_without_seeing_each_other_s(root_wrapper, host):
+def test_two_jobs_do_not_see_each_other_s_mounts(root_wrapper, host):
     root_wrapper.virt_v2v.play(wait('end'))
     jobs = [host.start(), host.start()]
     counts = {job.state()['pid']: len(mounts(job.state()['pid'])) for job in jobs}
@@ -427,7 +421,7 @@ def files_but_empty_directories(wrapper):
     return sorted(set(wrapper.files()) - {'log', 'state'})
 
 
-def test_a_mount_helper_that_says_nothing_has_its_status_in_the_line(root_wrapper, host):
+def test_a_silent_mount_helper_has_its_status_in_the_line(root_wrapper, host):
     host.helper('#!/bin/sh\nexit 32\n')
     job = host.start()
     host.wait_gone()
@@ -453,8 +447,7 @@ def make_fifo(wrapper, name):
 
 
 @pytest.mark.parametrize('call', ['unshare', 'mount'])
-def test_if_there_can_be_no_mount_of_the_job_s_own_nothing_is_created_or_started(
-        root_wrapper, host, call):
+def test_without_a_mount_of_the_job_s_own_nothing_is_started(root_wrapper, host, call):
     command = root_wrapper.command
     prefix = [strace(), '-o', '/dev/null', '-e', 'inject=%s:error=EPERM' % call, '--']
     # Not nsenter, but what it executes.
@@ -466,7 +459,7 @@ def test_if_there_can_be_no_mount_of_the_job_s_own_nothing_is_created_or_started
     assert mounts(host.pid) == []
 
 
-def test_the_mount_is_gone_after_a_job_that_does_not_end_when_told(root_wrapper, host):
+def test_the_mount_is_gone_after_a_job_that_ignores_term(root_wrapper, host):
     tamper(root_wrapper, 'module.STOP_GRACE = 0.1')
     root_wrapper.virt_v2v.play(ignore(signal.SIGTERM), reach('running'), wait('never'))
     job = host.start()

@@ -12,10 +12,9 @@ import pytest
 from eventually import eventually
 from faults import Disk, FailingCall, ReadOnlyDisk, disk, strace, tamper, traced
 from script import SCRIPT, loading
-from virt_v2v import bar, copying, phase, reach, repeat, source, wait
+from virt_v2v import DISKS, bar, copying, phase, reach, repeat, source, wait
 from virt_v2v_wrapper import StateFile
 
-DISK = '[ds1] vm/vm.vmdk'
 
 # Reads a file as fast as it can until it is finished. Prints how many different ones it saw.
 READER = """\
@@ -72,7 +71,7 @@ def document(number):
     return {'started': True, 'pid': number, 'disks': disks, 'disk_count': len(disks)}
 
 
-def test_two_readers_of_thousands_of_writes_see_complete_json_only(state_directory):
+def test_readers_of_thousands_of_writes_see_complete_json(state_directory):
     directory = os.open(state_directory, os.O_RDONLY)
     try:
         state = StateFile(directory, 'state')
@@ -85,7 +84,7 @@ def test_two_readers_of_thousands_of_writes_see_complete_json_only(state_directo
         os.close(directory)
 
 
-def test_two_readers_of_a_conversion_see_complete_json_only(wrapper):
+def test_readers_of_a_conversion_see_complete_json(wrapper):
     tamper(wrapper, 'module.CHUNK = 64     # so that each message is read, and published, alone')
     wrapper.virt_v2v.play(wait('go'), [phase('Step %d' % n) for n in range(500)])
     job = wrapper.start()
@@ -138,7 +137,7 @@ class Writer:
             return json.load(stream)['text']
 
 
-def test_a_writer_killed_at_any_system_call_leaves_the_old_or_the_new_state(state_directory):
+def test_a_writer_killed_at_any_call_leaves_the_old_or_the_new(state_directory):
     writer = Writer(state_directory)
     calls = writer.calls()
     seen = []
@@ -204,11 +203,11 @@ def percent(state):
 
 def one_disk(*steps):
     """Return the steps of copying one disk, of which 10 % are done before the given steps."""
-    return [source(DISK), copying(1, 1), bar(10), *steps]
+    return [source(DISKS[0]), copying(1, 1), bar(10), *steps]
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_after_a_failed_write_the_newest_state_comes_once_it_works_again(wrapper, fault):
+def test_after_a_failed_write_the_newest_state_comes(wrapper, fault):
     wrapper.virt_v2v.play(one_disk(wait('go'), bar(50), reach('done'), wait('end')))
     with failing_state(wrapper, fault) as failing:
         job = wrapper.start()

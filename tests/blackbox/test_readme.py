@@ -18,7 +18,7 @@ from blackbox import ABSENT, become
 from eventually import eventually
 from faults import guardian
 from script import ROOT
-from virt_v2v import bar, copying, error, phase, reach, source, stdout, wait
+from virt_v2v import bar, copying, error, phase, source, stdout, wait
 
 VM_ID = '6f6a3c2e-3b7f-4d0c-9a0b-1f0a5f2c8f11'
 OVF = ("<Section ovf:id='%s' ovf:required='false'"
@@ -275,14 +275,6 @@ def shell(wrapper):
     return Shell(wrapper)
 
 
-def running(wrapper, *steps):
-    """Start a job that plays the steps, then waits for "end" and succeeds."""
-    wrapper.virt_v2v.play(*steps, reach('middle'), wait('end'))
-    job = wrapper.start()
-    wrapper.virt_v2v.wait_for('middle')
-    return job
-
-
 def ended(wrapper, *steps):
     """Return a job that played the steps and is over."""
     wrapper.virt_v2v.play(*steps)
@@ -338,7 +330,7 @@ def test_waiting_ends_when_the_state_file_is_gone(wrapper, shell):
 
 
 def test_showing_the_progress(wrapper, shell):
-    job = running(wrapper, source('[ds] a/b c.vmdk'), copying(1, 2), bar(37))
+    job = wrapper.start_waiting(source('[ds] a/b c.vmdk'), copying(1, 2), bar(37))
     job.wait_state(lambda state: state['disks'] and state['disks'][0]['progress'], 'progress')
     assert shell.run(block('show'), job) == (0, '37% [ds] a/b c.vmdk\n')
     wrapper.virt_v2v.let('end')
@@ -355,14 +347,14 @@ def test_showing_why_it_failed_shows_nothing_after_a_success(wrapper, shell):
 
 
 def test_cancelling(wrapper, shell):
-    job = running(wrapper)
+    job = wrapper.start_waiting()
     assert shell.run(block('cancel'), job) == (0, '')
     message = job.wait_finished()['last_message']['message']
     assert message == 'the wrapper was told to stop by SIGTERM'
 
 
 def test_cancelling_virt_v2v_itself(wrapper, shell):
-    job = running(wrapper)
+    job = wrapper.start_waiting()
     command = re.search(r'`(kill -TERM "[^`]*\.pid[^`]*)`', README).group(1)
     assert shell.run(command, job) == (0, '')
     assert job.wait_finished()['failed'] is True
@@ -374,7 +366,7 @@ def test_nothing_is_killed_after_the_end(wrapper, shell):
 
 
 def test_a_job_that_runs_is_not_called_dead(wrapper, shell):
-    job = running(wrapper)
+    job = wrapper.start_waiting()
     assert shell.run(block('dead'), job)[1] == ''
     wrapper.virt_v2v.let('end')
     job.wait_finished()
@@ -387,7 +379,7 @@ def test_a_job_that_has_ended_is_not_called_dead(wrapper, shell):
 
 
 def test_a_job_whose_processes_were_all_killed_is_called_dead(wrapper, shell):
-    job = running(wrapper)
+    job = wrapper.start_waiting()
     state = job.state()
     scratch = wrapper.recorded().environment[b'TMPDIR']
     for process in guardian(job), state['wrapper_pid'], state['pid']:

@@ -7,9 +7,8 @@ import pytest
 import processes
 from eventually import eventually
 from faults import guardian, last_message, tamper
-from virt_v2v import bar, copying, daemon, fork, ignore, phase, reach, source, wait
+from virt_v2v import DISKS, bar, copying, daemon, fork, ignore, phase, reach, source, wait
 
-DISK = '[ds1] vm/vm.vmdk'
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 NO_WORDS = ('virt-v2v ended with status 1 and no error message, as it does when a signal tells it'
             ' to stop')
@@ -24,7 +23,7 @@ def impatient(wrapper):
 
 def start_copying(wrapper, *steps):
     """Start a job that plays steps, then waits for "end"; return it when it waits."""
-    wrapper.virt_v2v.play(*steps, source(DISK), copying(1, 1), bar(44), reach('copying'),
+    wrapper.virt_v2v.play(*steps, source(DISKS[0]), copying(1, 1), bar(44), reach('copying'),
                           wait('end'))
     job = wrapper.start()
     wrapper.virt_v2v.wait_for('copying')
@@ -39,7 +38,7 @@ def assert_failed(wrapper, job, return_code, message):
     wrapper.wait_gone()
     assert (state['return_code'], state['failed']) == (return_code, True)
     assert last_message(state) == message
-    assert state['disks'] == [{'path': DISK, 'progress': 44}]
+    assert state['disks'] == [{'path': DISKS[0], 'progress': 44}]
     assert_nothing_left(wrapper)
 
 
@@ -67,7 +66,7 @@ def stop_published(job):
     """Stop virt-v2v with a signal; return when it has stopped."""
     process = job.state()['pid']
     os.kill(process, signal.SIGSTOP)
-    eventually(lambda: processes.status(process)['State'].startswith('T'), 'virt-v2v is stopped')
+    eventually(lambda: processes.state(process) == 'T', 'virt-v2v is stopped')
 
 
 # --- to the published process ID ---------------------------------------------------------
@@ -108,7 +107,7 @@ def test_kill_to_the_published_pid_ends_the_job(wrapper):
     assert_failed(wrapper, job, -signal.SIGKILL, 'virt-v2v was killed by SIGKILL')
 
 
-def test_kill_to_the_published_pid_ends_what_virt_v2v_has_started(wrapper):
+def test_kill_to_the_published_pid_ends_its_descendants(wrapper):
     job = start_copying_with_stubborn_children(wrapper)
     signal_published(job, signal.SIGKILL)
     assert_failed(wrapper, job, -signal.SIGKILL, 'virt-v2v was killed by SIGKILL')
@@ -187,7 +186,7 @@ def test_two_stop_signals_at_once_are_one(wrapper):
     assert_failed(wrapper, job, 1, 'the wrapper was told to stop by SIGTERM')
 
 
-def test_term_to_the_wrapper_and_to_virt_v2v_at_once_ends_the_job(wrapper):
+def test_term_to_wrapper_and_virt_v2v_at_once_ends_the_job(wrapper):
     job = start_copying(wrapper)
     signal_wrapper(job, signal.SIGTERM)
     signal_published(job, signal.SIGTERM)
@@ -229,7 +228,7 @@ def test_a_stopped_wrapper_goes_on_where_it_was(wrapper):
     signal_wrapper(job, signal.SIGSTOP)
     wrapper.virt_v2v.let('end')
     pid = job.state()['pid']
-    eventually(lambda: processes.status(pid)['State'].startswith('Z'), 'virt-v2v has ended')
+    eventually(lambda: processes.state(pid) == 'Z', 'virt-v2v has ended')
     assert 'finished' not in job.state()
     signal_wrapper(job, signal.SIGCONT)
     assert job.wait_finished()['return_code'] == 0
@@ -251,4 +250,4 @@ def test_a_success_although_it_was_told_to_stop_is_a_success(wrapper):
     wrapper.virt_v2v.let('end')
     state = job.wait_finished()
     assert (state['return_code'], 'failed' in state) == (0, False)
-    assert state['disks'] == [{'path': DISK, 'progress': 100}]
+    assert state['disks'] == [{'path': DISKS[0], 'progress': 100}]

@@ -22,7 +22,7 @@ import sys
 import processes
 from eventually import eventually
 from script import SCRIPT
-from virt_v2v import StandIn
+from virt_v2v import StandIn, reach, wait
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 PASSWORD = 'needle-6f1d2c'
@@ -239,6 +239,13 @@ class Wrapper:
                 process.kill()
                 raise
         return Job(process.returncode, stdout, stderr)
+
+    def start_waiting(self, *steps):
+        """Start a job that plays steps, then waits for "end"; return it when it waits."""
+        self.virt_v2v.play(*steps, reach('waiting'), wait('end'))
+        job = self.start()
+        self.virt_v2v.wait_for('waiting')
+        return job
 
     def recorded(self):
         """Return what the only run of virt-v2v was given (virt_v2v.Run)."""

@@ -1,4 +1,5 @@
 """Faults for the tests to inject: mistakes of ours, failing disks, failing system calls, kills."""
+import ast
 import contextlib
 import errno
 import os
@@ -8,6 +9,7 @@ import subprocess
 import tempfile
 
 import pytest
+import virt_v2v_wrapper
 
 import processes
 from eventually import eventually
@@ -29,13 +31,54 @@ os._exit(module.main())
 def tamper(wrapper, changes):
     """Have the wrapper started by a program that changes its module first.
 
-    changes are statements, in which the script is "module".
+    changes are statements, in which the script is "module". AssertionError if they use a name
+    that the script does not have: then nothing would be broken, and the test would prove nothing.
     """
+    for name in names_in(changes):
+        known(name)
     runner = os.path.join(wrapper.directory, 'runner.py')
     script = os.path.join(wrapper.directory, 'virt-v2v-wrapper.py')
     with open(runner, 'w', encoding='utf-8') as stream:
         stream.write(RUNNER.format(load=loading(script), changes=changes))
     wrapper.script = runner
+
+
+def names_in(changes):
+    """Return the names of the script, dotted below its classes, that statements use."""
+    found = set()
+    for node in ast.walk(ast.parse(changes)):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id == 'module':
+            found.add('.'.join(parts))
+    return found
+
+
+def known(name):
+    """Return a name of the script, dotted if it is of a class; AssertionError if there is none."""
+    found = virt_v2v_wrapper
+    for part in name.split('.'):
+        assert hasattr(found, part), 'the script has no %r' % name
+        found = getattr(found, part)
+    return name
+
+
+def absent(wrapper):
+    """Have no virt-v2v."""
+    os.unlink(wrapper.virt_v2v.program)
+
+
+def not_executable(wrapper):
+    """Have a virt-v2v that is no program."""
+    os.chmod(wrapper.virt_v2v.program, 0o644)
+
+
+def without_interpreter(wrapper):
+    """Have a virt-v2v that cannot be executed although it is a program."""
+    with open(wrapper.virt_v2v.program, 'w') as stream:
+        stream.write('#!/nonexistent\n')
 
 
 def guardian(job):

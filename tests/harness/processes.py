@@ -36,6 +36,22 @@ def status(process):
         return dict(line.rstrip('\n').split(':\t', 1) for line in stream)
 
 
+def state(process):
+    """Return the letter for the state of a process: S sleeps, T is stopped, Z is a zombie."""
+    return status(process)['State'][0]
+
+
+def peak_memory(process):
+    """Return the most memory a process ever had, in KiB."""
+    return int(status(process)['VmHWM'].split()[0])
+
+
+def io(process):
+    """Return /proc/PID/io as a dict of numbers, proc(5)."""
+    with open('/proc/%d/io' % process) as stream:
+        return {name: int(value) for name, value in (line.split(': ') for line in stream)}
+
+
 def children(process):
     """Return the process IDs of the children of a process."""
     with open('/proc/{0}/task/{0}/children'.format(process)) as stream:

@@ -41,7 +41,7 @@ def stopped(wrapper):
     """Return the process of the wrapper that has stopped, or None."""
     for process in wrapper.processes():
         try:
-            if processes.status(process)['State'].startswith('T'):
+            if processes.state(process) == 'T':
                 return process
         except FileNotFoundError:
             pass

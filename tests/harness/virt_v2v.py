@@ -22,6 +22,8 @@ import signal
 
 from eventually import eventually
 
+# As VMware calls the disks of a guest.
+DISKS = ['[ds1] vm/vm.vmdk', '[ds1] vm/vm_1.vmdk']
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'stand-in')
 
 

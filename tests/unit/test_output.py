@@ -144,7 +144,7 @@ def test_a_file_that_vddk_opens_before_the_copy_names_no_disk(events, phase):
     ('%5bds%5d%20%c3%bc%27%25%3f/vm.vmdk', "[ds] \u00fc'%?/vm.vmdk"),
     ('%5bds%5d%20a%2520b', '[ds] a%20b'),
 ])
-def test_the_uri_in_an_nbdcopy_command_names_the_disk_being_copied(uri, path):
+def test_the_uri_in_an_nbdcopy_command_names_the_disk(uri, path):
     text = ("nbdcopy 'nbd+unix:///{}?socket=/tmp/v2v.x/in0' 'nbd+unix:///?socket=/tmp/v2v.x/out0'"
             " '--requests=64' '--flush' '--progress'").format(uri)
     assert in_modern(COPYING, text) == [Opened(path)]
@@ -265,7 +265,7 @@ def test_a_phase_is_its_line_where_there_are_no_messages():
         Phase('Copying disk 1/2 to /x (raw)', (1, 2)), Reached(1)]
 
 
-def test_a_phase_line_counts_only_as_a_mark_where_there_are_messages():
+def test_with_messages_a_phase_line_is_only_a_mark():
     parser = modern()
     parser.announce('Copying disk 1/2')
     assert parser.feed(phase_line('Copying disk 1/2')) == [Reached(1)]
@@ -671,7 +671,7 @@ def test_four_times_the_line_takes_about_four_times_the_time(adversary):
 
 
 @pytest.mark.parametrize('adversary', ADVERSARIES, ids=ascii)
-def test_a_megabyte_that_would_keep_a_careless_pattern_busy_says_little(adversary):
+def test_a_megabyte_against_careless_patterns_says_little(adversary):
     """A pattern of quadratic time or worse would run into the time limit of all tests."""
     start, piece = adversary
     data = start + piece * ((1 << 20) // len(piece)) + b'\n'

@@ -2,12 +2,12 @@
 import contextlib
 import os
 import pwd
-import stat
 
 import pytest
 
+from results import mode, refusal
 from virt_v2v_wrapper import (
-    HostError, Identity, Options, check_vddk_libdir, domain_contents, export_domain_root,
+    Identity, Options, check_vddk_libdir, domain_contents, export_domain_root,
     find_identity, find_nfs_mount, job_directories, make_first_missing, make_scratch,
     open_private_directory, remove_tree)
 
@@ -15,13 +15,6 @@ DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 OTHER = '1c8d2c6a-0000-4000-8000-0123456789AB'
 NOT_OURS = ('expected a directory that belongs to the user who runs the conversion, and that nobody'
             ' else may write to')
-
-
-def refusal(function, *arguments):
-    """Return the texts of the problems that the function has with the arguments."""
-    with pytest.raises(HostError) as caught:
-        function(*arguments)
-    return [str(problem) for problem in caught.value.problems]
 
 
 # --- mounts ------------------------------------------------------------------------------
@@ -239,10 +232,6 @@ def test_an_ordinary_user_stays_who_he_is():
     with without_privileges():
         entry, identity = pwd.getpwuid(os.geteuid()), find_identity()
     assert identity == Identity(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, False)
-
-
-def mode(path):
-    return stat.S_IMODE(os.stat(str(path)).st_mode)
 
 
 def test_a_directory_that_is_missing_is_made(tmp_path):

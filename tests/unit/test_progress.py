@@ -63,7 +63,7 @@ def test_the_nth_copy_is_the_nth_source():
     assert disks(events) == [(A, 100), (B, 0)]
 
 
-def test_the_nth_copy_is_the_nth_source_also_where_the_list_has_another_order():
+def test_the_nth_copy_is_the_nth_source_whatever_is_listed():
     events = [Source(A), Source(B)] + copying(1, 2) + [Percent(44)]
     assert disks(events, [B, A]) == [(B, 0), (A, 44)]
 
@@ -83,12 +83,12 @@ def test_a_disk_that_is_not_listed_is_added_behind_the_list():
     assert disks(events, [A, B]) == [(A, 0), (B, 0), (C, 44)]
 
 
-def test_the_nth_copy_is_the_nth_listed_disk_where_nothing_names_it():
+def test_the_nth_copy_is_the_nth_listed_if_nothing_names_it():
     events = copying(1, 2) + [Percent(44)] + copying(2, 2) + [Percent(55)]
     assert disks(events, [B, A]) == [(B, 100), (A, 55)]
 
 
-def test_a_listed_disk_that_is_copied_already_is_not_taken_for_another():
+def test_a_listed_disk_copied_already_is_no_other():
     events = copying(1, 2) + [Opened(B)] + copying(2, 2) + [Percent(44)]
     assert disks(events, [A, B]) == [(A, 44), (B, 100)]
 
@@ -113,7 +113,7 @@ def test_more_copies_than_listed_disks_are_all_there():
     assert disks(events, [A]) == [(A, 100), ('disk 2', 44)]
 
 
-def test_a_listed_disk_that_is_called_like_a_number_is_not_taken_for_another():
+def test_a_listed_disk_called_like_a_number_is_no_other():
     events = copying(1, 2) + [Percent(44)] + copying(2, 2)
     assert disks(events, ['disk 2'])[0] == ('disk 2', 100)
 
@@ -133,7 +133,7 @@ def test_what_is_opened_outside_of_a_copy_is_no_disk():
     (copying(1, 1), [A, B], 1),
     (copying(1, 2) + copying(2, 2) + finishing(), [], 2),
 ])
-def test_the_count_is_that_of_the_list_until_virt_v2v_has_its_own(events, listed, count):
+def test_the_count_is_the_list_s_until_virt_v2v_has_its_own(events, listed, count):
     assert document(events, listed)['disk_count'] == count
 
 
@@ -395,5 +395,5 @@ def test_listed_disks_stay_and_progress_does_not_go_backwards(events, listed):
 @pytest.mark.long
 @given(EVENTS, LISTED)
 @settings(max_examples=10000)
-def test_in_10000_conversions_listed_disks_stay_and_progress_does_not_go_backwards(events, listed):
+def test_in_10000_conversions_progress_does_not_go_backwards(events, listed):
     check_states(events, listed)

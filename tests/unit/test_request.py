@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blackbox import ABSENT, PASSWORD, valid_request
+from virt_v2v import DISKS
 from virt_v2v_wrapper import RequestError, parse_request, read_request
 
 SHA1 = ':'.join(['0A'] * 20)
 SHA256 = ':'.join(['F7'] * 32)
-DISKS = ['[ds1] vm/vm.vmdk', '[ds1] vm/vm_1.vmdk']
-
 EXPECTED = {
     'vm_name': 'a non-empty string of at most 4096 bytes without control characters',
     'output_format': '"raw" or "qcow2"',
@@ -250,7 +249,7 @@ def test_a_wrong_value_is_refused_by_a_text_that_names_the_key(key, value):
     assert problems({key: value}) == ['{}: expected {}'.format(key, EXPECTED[key])]
 
 
-def test_all_problems_are_reported_at_once_in_the_order_of_the_table():
+def test_all_problems_are_reported_in_the_order_of_the_table():
     assert problems(b'{"source_disks": "x", "vm_name": "", "output_format": "x"}') == [
         'vm_name: expected ' + EXPECTED['vm_name'],
         'output_format: expected ' + EXPECTED['output_format'],
@@ -434,20 +433,20 @@ def test_arbitrary_bytes_are_refused_in_single_lines(data):
 
 @given(mutated_requests())
 @settings(max_examples=300)
-def test_arbitrary_values_are_refused_in_single_lines_that_do_not_echo_them(data):
+def test_arbitrary_values_are_refused_and_not_echoed(data):
     check_complaints(data)
 
 
 @given(damaged_requests())
 @settings(max_examples=200)
-def test_damaged_json_is_refused_in_single_lines_that_do_not_echo_it(data):
+def test_damaged_json_is_refused_and_not_echoed(data):
     check_complaints(data)
 
 
 @pytest.mark.long
 @given(st.binary(max_size=2000) | mutated_requests() | damaged_requests())
 @settings(max_examples=10000)
-def test_10000_requests_are_refused_in_single_lines_that_do_not_echo_them(data):
+def test_10000_requests_are_refused_and_not_echoed(data):
     check_complaints(data)
 
 
