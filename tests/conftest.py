@@ -33,12 +33,28 @@ hypothesis.settings.register_profile('tests', deadline=None)
 hypothesis.settings.load_profile('tests')
 
 
+def pytest_addoption(parser):
+    """Have the option --promise."""
+    parser.addoption('--promise', type=int, action='append', metavar='N',
+                     help='only the tests of this promise of tests/README.md; may be repeated')
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark the tests that start the wrapper as root."""
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests that start the wrapper as root; leave out those of other promises."""
     for item in items:
         if 'root_wrapper' in getattr(item, 'fixturenames', ()):
             item.add_marker('root')
+    wanted = config.getoption('promise')
+    if wanted:
+        others = [item for item in items if not wanted_of(item, wanted)]
+        items[:] = [item for item in items if wanted_of(item, wanted)]
+        config.hook.pytest_deselected(items=others)
+
+
+def wanted_of(item, numbers):
+    """Return those of the promises with these numbers that a test is about."""
+    return {mark.args[0] for mark in item.iter_markers('promise')} & set(numbers)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -24,6 +24,8 @@ from eventually import eventually
 from faults import guardian, tamper
 from virt_v2v import reach, wait
 
+pytestmark = pytest.mark.promise(6)
+
 STOPPED = (b'virt-v2v-wrapper: error: standard output: %s\n'
            b'virt-v2v-wrapper: error: standard output: the conversion was stopped\n')
 READ_END, WRITE_END = 0, 1

@@ -16,6 +16,8 @@ from virt_v2v import (
     DISKS, bar, copying, daemon, die, error, fork, ignore, json_message, leave, phase, reach,
     repeat, source, stdout, wait)
 
+pytestmark = pytest.mark.promise(3)
+
 SHORT_GRACE = 'module.STOP_GRACE = module.STOP_GRACE_UNKNOWN = 0.2'
 
 
@@ -128,6 +130,7 @@ def test_a_killed_wrapper_leaves_no_virt_v2v_that_ignores_term(wrapper):
     assert failed(wrapper, job) == (-signal.SIGKILL, 'the wrapper was killed by SIGKILL')
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize('changes', ['', 'module._children = module._children_among_all'])
 def test_a_killed_wrapper_leaves_no_descendant_of_virt_v2v(wrapper, changes):
     """Some kernels have no list of the children of a process."""
@@ -495,6 +498,7 @@ def system_calls(wrapper):
 BURST = b''.join(b'line %06d of many\n' % number for number in range(60000))
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize('start', [fork, daemon])
 def test_a_process_that_holds_the_pipe_is_killed_at_the_end(wrapper, start):
     job = wrapper.start_waiting(start(ignore(signal.SIGTERM), reach('held'), wait('never')))
@@ -503,6 +507,7 @@ def test_a_process_that_holds_the_pipe_is_killed_at_the_end(wrapper, start):
     assert ended(wrapper, job)['return_code'] == 0
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize('start', [fork, daemon])
 def test_a_process_that_prints_for_ever_is_killed_at_the_end(wrapper, start):
     job = wrapper.start_waiting(start(reach('held'), repeat(10 ** 9, stdout(b'more\n'))))
@@ -511,6 +516,7 @@ def test_a_process_that_prints_for_ever_is_killed_at_the_end(wrapper, start):
     assert ended(wrapper, job)['return_code'] == 0
 
 
+@pytest.mark.promise(4)
 def test_what_was_printed_right_before_the_end_is_in_the_log(wrapper):
     assert len(BURST) > 1 << 20
     wrapper.virt_v2v.play(stdout(BURST), leave(0))
@@ -519,6 +525,7 @@ def test_what_was_printed_right_before_the_end_is_in_the_log(wrapper):
     assert job.log('v2v_log') == BURST
 
 
+@pytest.mark.promise(4)
 def test_what_was_printed_is_in_the_log_if_the_pipe_is_held(wrapper):
     wrapper.virt_v2v.play(daemon(reach('held'), wait('never')), wait('go'), stdout(BURST))
     job = wrapper.start()
@@ -538,6 +545,7 @@ def is_zombie(process):
     return processes.state(process) == 'Z'
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize('kill', [False, True])
 def test_the_published_pid_is_taken_until_the_final_state(wrapper, kill):
     """Also if the wrapper is killed in between; then the guardian sees to that."""

@@ -13,6 +13,8 @@ from faults import tamper
 from results import error_line, mode
 from virt_v2v import copying, phase, reach, wait
 
+pytestmark = pytest.mark.promise(9)
+
 SUFFIXES = ('{}.log', '{}-wrapper.log', '{}.state', '.{}.state.tmp')
 FOREIGN_TEXT = ('expected a directory that belongs to the user who runs the conversion, and that'
                 ' nobody else may write to')

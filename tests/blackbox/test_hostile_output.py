@@ -10,6 +10,8 @@ from virt_v2v import (
     DISKS, GENERATIONS, bar, copying, error, fill, json_message, leave, machine, old_bar, phase,
     reach, source, stderr, stdout, wait)
 
+pytestmark = pytest.mark.promise(8)
+
 VM_ID = b'11111111-2222-4333-8444-555555555555'
 USABLE = sorted(set(GENERATIONS) - {'1.36.13', 'RHEL 10'})
 WITH_MESSAGES = [name for name in USABLE if GENERATIONS[name].json]

@@ -33,6 +33,7 @@ def test_start_prints_the_paths_and_nothing_on_stderr(wrapper):
         wrapper.log_dir, wrapper.log_dir, wrapper.state_dir]
 
 
+@pytest.mark.promise(2)
 def test_the_state_file_is_there_when_the_paths_are_printed(wrapper):
     wrapper.virt_v2v.play(wait('end'))
     job = wrapper.start(wrapper.request(source_disks=DISKS))
@@ -46,6 +47,7 @@ def test_the_state_file_is_there_when_the_paths_are_printed(wrapper):
     assert 'finished' not in state
 
 
+@pytest.mark.promise(9)
 @pytest.mark.parametrize('umask', [0, 0o077])
 def test_modes_do_not_depend_on_the_umask(wrapper, umask):
     job = wrapper.start(umask=umask)
@@ -63,6 +65,7 @@ def test_without_a_virt_v2v_that_runs_nothing_is_started_or_left(wrapper, spoil)
     assert [name for name in wrapper.files() if '.' in name] == []
 
 
+@pytest.mark.promise(6)
 def test_if_the_paths_cannot_be_printed_the_job_is_stopped(wrapper):
     wrapper.virt_v2v.play(wait('never'))
     reading, writing = os.pipe()
@@ -117,6 +120,7 @@ def test_a_conversion_that_fails(wrapper):
     assert state['last_message'] == {'type': 'error', 'message': 'cannot log in'}
 
 
+@pytest.mark.promise(3)
 def test_a_virt_v2v_that_is_killed(wrapper):
     wrapper.virt_v2v.play(die(signal.SIGKILL))
     state = wrapper.start().wait_finished()
@@ -124,6 +128,7 @@ def test_a_virt_v2v_that_is_killed(wrapper):
     assert state['failed'] is True
 
 
+@pytest.mark.promise(11)
 def test_term_to_the_published_pid_ends_the_job(wrapper):
     wrapper.virt_v2v.play(reach('copying'), wait('never'))
     job = wrapper.start()
@@ -134,6 +139,7 @@ def test_term_to_the_published_pid_ends_the_job(wrapper):
     assert (state['return_code'], state['failed']) == (1, True)
 
 
+@pytest.mark.promise(4)
 def test_what_still_holds_the_pipe_does_not_hold_up_the_end(wrapper):
     """The daemon would end only when the test says so, which it does after the final state."""
     wrapper.virt_v2v.play(daemon(reach('daemon'), wait('end')), wait('go'))
@@ -147,6 +153,7 @@ def test_what_still_holds_the_pipe_does_not_hold_up_the_end(wrapper):
 
 # --- what virt-v2v is given --------------------------------------------------------------
 
+@pytest.mark.promise(1)
 def test_the_password_is_in_a_descriptor_only(wrapper):
     wrapper.start(wrapper.request(vmware_password='needle-1')).wait_finished()
     run = wrapper.recorded()
@@ -155,6 +162,7 @@ def test_the_password_is_in_a_descriptor_only(wrapper):
     assert b'needle-1' not in given
 
 
+@pytest.mark.promise(7)
 def test_a_name_like_an_option_comes_after_the_options(wrapper):
     name = '-v "\u00e9\U0001f4bf'
     wrapper.start(wrapper.request(vm_name=name)).wait_finished()
@@ -189,6 +197,7 @@ def test_virt_v2v_inherits_no_descriptor_of_the_caller(wrapper):
 
 # --- as root -----------------------------------------------------------------------------
 
+@pytest.mark.promise(5)
 def test_root_becomes_vdsm(root_wrapper):
     job = root_wrapper.start()
     job.wait_finished()
@@ -202,6 +211,7 @@ def test_root_becomes_vdsm(root_wrapper):
     assert {os.stat(path).st_uid for path in job.paths} == {user.pw_uid}
 
 
+@pytest.mark.promise(5)
 def test_the_processes_of_root_s_job_are_vdsm_s(root_wrapper):
     root_wrapper.virt_v2v.play(reach('running'), wait('end'))
     job = root_wrapper.start()
@@ -214,6 +224,7 @@ def test_the_processes_of_root_s_job_are_vdsm_s(root_wrapper):
 
 # --- load --------------------------------------------------------------------------------
 
+@pytest.mark.promise(2)
 @pytest.mark.long
 def test_the_state_file_is_complete_at_each_of_many_starts(wrapper):
     wrapper.virt_v2v.play(wait('end'))

@@ -7,6 +7,8 @@ import processes
 from faults import guardian
 from virt_v2v import DISKS, bar, copying, error, leave, phase, repeat, source, stdout, wait
 
+pytestmark = pytest.mark.promise(12)
+
 NOISE = [stdout(b'libguestfs: trace: v2v: something or other\n' * 200)]
 # Each prints about 3 MB, as fast as it can.
 CONVERSION = [

@@ -12,6 +12,8 @@ from virt_v2v import (
     GENERATIONS, bar, copying, flat, json_message, leave, phase, reach, source, stdout, wait)
 from virt_v2v_wrapper import RequestError, parse_request
 
+pytestmark = pytest.mark.promise(10)
+
 PATH = '[ds1] vm/vm.vmdk'
 RECORD = re.compile(rb'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?:INFO|WARNING|ERROR) .+')
 MISSING = re.compile(rb'\nvirt-v2v-wrapper: (\d+) bytes are missing here\n')

@@ -15,6 +15,8 @@ from faults import guardian, strace, tamper
 from results import error_line
 from virt_v2v import ignore, reach, wait
 
+pytestmark = pytest.mark.promise(5)
+
 IDS = ('Uid', 'Gid', 'Groups', 'CapInh', 'CapPrm', 'CapEff', 'CapAmb')
 GROUP_OF_ROOT_S = 54321
 MOUNT_POINT = '/run/virt-v2v-wrapper'

@@ -15,6 +15,8 @@ from script import SCRIPT, loading
 from virt_v2v import DISKS, bar, copying, phase, reach, repeat, source, wait
 from virt_v2v_wrapper import StateFile
 
+pytestmark = pytest.mark.promise(2)
+
 
 # Reads a file as fast as it can until it is finished. Prints how many different ones it saw.
 READER = """\

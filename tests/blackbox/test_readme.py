@@ -1,7 +1,6 @@
 """The README is true: its examples, commands and tables are those of the script."""
 import collections
 import functools
-import glob
 import json
 import os
 import re
@@ -388,20 +387,3 @@ def test_a_job_whose_processes_were_all_killed_is_called_dead(wrapper, shell):
     shutil.rmtree(scratch)
     assert shell.run(block('dead'), job)[1] == 'dead\n'
     assert 'finished' not in job.state()
-
-
-# --- the table of promises ---------------------------------------------------------------
-
-def promised_tests():
-    """Return (file, words) for each test that tests/README.md names in its table."""
-    with open(os.path.join(ROOT, 'tests', 'README.md'), encoding='utf-8') as stream:
-        table = stream.read().partition('## Promises')[2].partition('| 1 |')[2]
-    return re.findall('`([a-z_]+): ([a-z_0-9]*)`', table)
-
-
-@pytest.mark.parametrize('name, words', promised_tests())
-def test_each_promise_has_the_tests_that_are_named_for_it(name, words):
-    path, = glob.glob(os.path.join(ROOT, 'tests', '*', 'test_%s.py' % name))
-    with open(path, encoding='utf-8') as stream:
-        tests = re.findall('^def (test_[a-z_0-9]*)', stream.read(), re.MULTILINE)
-    assert [test for test in tests if words in test]

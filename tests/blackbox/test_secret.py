@@ -24,6 +24,8 @@ from sweep import begun
 from virt_v2v import copying, die, error, ignore, phase, reach, wait
 from virt_v2v_wrapper import Request, RequestError, Secret, parse_request
 
+pytestmark = pytest.mark.promise(1)
+
 LAUNCHER, GUARDIAN, MONITOR, CHILD = 'launcher', 'guardian', 'monitor', 'child'
 
 

@@ -9,6 +9,8 @@ from eventually import eventually
 from faults import guardian, last_message, tamper
 from virt_v2v import DISKS, bar, copying, daemon, fork, ignore, phase, reach, source, wait
 
+pytestmark = pytest.mark.promise(11)
+
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 NO_WORDS = ('virt-v2v ended with status 1 and no error message, as it does when a signal tells it'
             ' to stop')

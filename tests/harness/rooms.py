@@ -4,6 +4,7 @@ Tests that break a function find it here, so that no name is in a test that the 
 """
 import ast
 import collections
+import functools
 import re
 
 from script import SCRIPT
@@ -12,6 +13,7 @@ with open(SCRIPT, encoding='utf-8') as stream:
     SOURCE = stream.read()
 
 
+@functools.lru_cache(maxsize=None)
 def rooms():
     """Return {name of a room: syntax trees of what is in it}, in the order of the script."""
     starts = [(SOURCE.count('\n', 0, match.end()), match.group(1))

@@ -120,12 +120,14 @@ def test_the_output_format_is_always_given():
     assert given[given.index(b'-of') + 1] == b'qcow2'
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize('name', [
     '-v', '--help', '--', '-', ' ', 'a b', '"a" \'b\' \\ $c `d`', '\u00dc\u65e5 \U0001f4bf', '*'])
 def test_a_name_is_the_last_argument_byte_for_byte(name):
     assert arguments(vm_name=name)[-2:] == [b'--', name.encode('utf-8')]
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize('directory, data', [
     ('/\u00fc', b'/\xc3\xbc'), ('/\udcff', b'/\xff')])
 def test_a_directory_is_passed_on_byte_for_byte(directory, data):
@@ -133,10 +135,12 @@ def test_a_directory_is_passed_on_byte_for_byte(directory, data):
     assert given[given.index(b'-os') + 1] == data
 
 
+@pytest.mark.promise(7)
 def test_a_library_directory_is_passed_on_byte_for_byte():
     assert b'vddk-libdir=/\xc3\xbc' in arguments(libdir='/\u00fc')
 
 
+@pytest.mark.promise(1)
 def test_the_password_is_no_argument():
     assert PASSWORD.encode() not in b'\n'.join(arguments())
 

@@ -13,6 +13,8 @@ from virt_v2v_wrapper import (
     CHUNK, MAX_LINE, MAX_MESSAGE, Cause, Error, Guest, LineBuffer, MessageParser, Notice, Opened,
     OutputParser, Percent, Phase, Reached, Source, clean, parse_message, split)
 
+pytestmark = pytest.mark.promise(8)
+
 ID = '4aaed60a-be8a-4362-b7f6-9252502c72fc'
 SECTION = "    <Section ovf:id='{}' ovf:required='false' xsi:type='ovf:{}'>".format(
     ID, 'OperatingSystemSection_Type')

@@ -11,6 +11,8 @@ from blackbox import ABSENT, PASSWORD, valid_request
 from virt_v2v import DISKS
 from virt_v2v_wrapper import RequestError, parse_request, read_request
 
+pytestmark = pytest.mark.promise(7)
+
 SHA1 = ':'.join(['0A'] * 20)
 SHA256 = ':'.join(['F7'] * 32)
 EXPECTED = {
