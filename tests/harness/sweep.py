@@ -90,6 +90,7 @@ def killed_at(wrapper, request, role, call, number):
     Returns (whether there was such a call, what the caller got on stdout and stderr) when all
     processes have ended.
     """
+    strace()            # skips, before a process waits for it in vain
     tamper(wrapper, STOP[role])
     log = os.path.join(wrapper.directory, 'strace.log')
     options = ['-e', 'inject=?%s:signal=KILL:when=%d' % (call, number)]
