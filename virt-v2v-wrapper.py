@@ -1,49 +1,71 @@
-#!/usr/bin/python3 -I
+#!/usr/bin/python3 -IS
 """Start the conversion of a VMware guest for oVirt with virt-v2v, and keep its state in a file.
 
-A JSON request on standard input starts one conversion. The command answers at once with one
-JSON object, the paths of two logs and of a state file, and leaves. The conversion goes on in the
+A JSON request on standard input starts one conversion, a job. The command answers at once with one
+JSON object, the paths of two logs and of a state file, and leaves. The job goes on in the
 background; the state file follows it until the key "finished" appears in it.
 
 What it promises:
 
 * Paths are printed if and only if virt-v2v was executed and the state file exists. Otherwise
   standard error has one line for each problem, and the exit status is not 0.
-* The state file is complete JSON at every moment, and every ending is published in it, also when
-  virt-v2v or the process that follows it is killed.
+* The state file is complete JSON at every moment, and every ending is published in it: at once if
+  any process of the job is left, else by the next start.
+* A job is alive exactly as long as its lock file is locked.
 * The password is in no argument list, environment, log or named file.
-* Started as root, it becomes user vdsm before it creates a log, a state file or a secret.
+* Whoever starts it, virt-v2v runs without privileges: started as root, as user vdsm.
 
-What it cannot do: survive a reboot, or publish an ending when all its processes are killed at
-once. It needs Linux, Python 3.6 or newer with its standard library, and virt-v2v.
+Three processes, all of them this script:
 
-The rooms of this file, each of which uses only those above it:
+    launcher   read the request -> mount if need be -> become vdsm -> fork ... wait ... print
+    launch()      |                                                      ^
+                  |                                answer: the paths, or the problems
+    guardian   check_host() -> prepare(): the files -> fork ... wait ... answer, wait on;
+    guard()       |                                       ^   if the monitor was killed: conclude()
+                  |                            report: Facts, or problems
+    monitor    Conversion(): execute virt-v2v, first state -> report -> follow() -> conclude()
+    monitor()     |
+                  |
+    virt-v2v   -- output pipe  --> OutputLog, Lines -->\
+               -- message pipe ------------> Lines --> Parser -> events -> Progress -> StateFile
 
-    errors and types, request, output, progress, command: pure, what goes in decides what comes out
-    places, files: the file system and the user database
-    processes: privileges, namespaces, forks, signals, the event loop
-    conversion, main: put the others together
+The launcher does what only root or the caller's own process can do, and waits with a limit: no file
+system that hangs can hang the caller. The guardian makes, before it forks the monitor, all that
+both need: lock, logs, state file, pipes. Afterwards it touches no file while the monitor lives.
+What virt-v2v leaves behind becomes a child of the monitor, or of the guardian, and is ended.
+virt-v2v itself is killed with the monitor, whoever kills that.
 
-    stdin -> Request -> Paths -> Command -> child -> bytes -> lines -> events -> Progress -> state
+The rooms of this file follow that story, and each uses only what is above it:
+
+    errors and log; request; output; progress; command: pure, what goes in decides what comes out
+    processes; places; files: thin layers above the kernel
+    job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
+    monitor, guardian, launcher: the three processes, each to be read from top to bottom
+    main: arguments, what is printed, exit status
+
+A new key of the request is a row in _RULES and its use in make_arguments(). A new thing that
+virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress.
+
+It needs Linux, Python 3.6 or newer with its standard library, and virt-v2v.
 """
 
 import ctypes
 import errno
 import fcntl
-import gc
 import json
 import os
 import pwd
 import re
 import resource
 import select
-import selectors
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict, namedtuple
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 VERSION = '1.0'
 PROGRAM = 'virt-v2v-wrapper'
@@ -52,34 +74,35 @@ EXIT_STARTED = 0
 EXIT_HOST = 1        # the request is right, but this host cannot carry it out
 EXIT_REQUEST = 2     # the request, or the command line, is wrong
 
-# ---------------------------------------------------------------------------------------------
-# Constants
-
 # A request is some hundred bytes; this leaves room for thousands of disks.
 MAX_REQUEST = 1 << 20
 # Linux takes no argument above 128 KiB. No name or path in the field comes near this.
 MAX_TEXT = 4096
-# The longest line that can matter is a nbdkit command of a few KiB. Logs hold lines of hundreds
-# of KiB (virt-v2v-facts: a hex dump of the registry); these are skipped.
-MAX_LINE = 1 << 16
+# The longest line of output that can matter is a nbdkit command of a few KiB. Logs hold lines of
+# hundreds of KiB, such as a hex dump of a registry; of these the beginning is enough.
+MAX_LINE = 1 << 13
+# A message is one line of JSON, which is of no use without its end.
+MAX_MESSAGE_LINE = 1 << 20
 # What of virt-v2v's own words goes into the state file.
 MAX_MESSAGE = 4096
+# Messages whose line in the output has not come yet. One is usual; a pipe holds about so many.
+MAX_ANNOUNCED = 1000
+# What a program may answer. The longest answer in the field, virt-v2v's options, has 2 KiB.
+MAX_ANSWER = 1 << 16
+CHUNK = 1 << 16             # what is read at once
+SMALL_CHUNK = 1 << 10       # what is parsed line by line, if it matters at all
 
-# Below malloc's threshold for mmap, so that the buffer is not mapped anew for each read.
-CHUNK = 1 << 16
-# Larger than usual for fewer wake-ups, but not by much: a user has 64 MiB for all, pipe(7).
-PIPE_SIZE = 1 << 18
-F_SETPIPE_SZ = 1031                 # fcntl.F_SETPIPE_SZ is there from Python 3.10 on
-
-PUBLISH_INTERVAL = 0.1              # seconds between two writes of mere progress
-PUBLISH_RETRY = 1.0                 # seconds until a failed write is tried again
+# Seconds.
+PUBLISH_INTERVAL = 0.1      # between two writes of mere progress
+PUBLISH_RETRY = 1.0         # until a failed write is tried again
+GATHER_INTERVAL = 0.003     # lines come in bursts: it is cheaper to read a burst at once
 # virt-v2v 2.x acts on a signal when the current libguestfs call has ended: 8 to 17 s were seen.
 STOP_GRACE = 45.0
-# A job whose paths nobody got has only just begun: there is nothing to be cleaned up yet.
-STOP_GRACE_UNKNOWN = 2.0
-PROBE_PATIENCE = 30.0               # for virt-v2v to tell what it can do: it needs 0.05 s
+END_PATIENCE = 10.0         # for killed processes to go; one asleep on a dead server does not
+START_PATIENCE = 90.0       # for the guardian to answer: healthy hosts need a tenth of a second
+PROBE_PATIENCE = 30.0       # for virt-v2v to tell what it can do: it needs 0.05 s
 MOUNT_PATIENCE = 60.0
-PRINT_PATIENCE = 5.0                # for a caller that does not read what it asked for
+PRINT_PATIENCE = 5.0        # for a caller that does not read what it asked for
 FINAL_WRITE_PATIENCE = 3600.0       # how long the final state waits for room on its file system
 
 VDSM_USER = 'vdsm'
@@ -88,38 +111,23 @@ VDSM_STATE_DIR = '/run/vdsm/virt-v2v-wrapper'
 VDDK_LIBDIR = '/opt/vmware-vix-disklib-distrib'
 MOUNT_POINT = '/run/virt-v2v-wrapper'
 # Short, because sockets live there (108 bytes for a path, unix(7)); on disk, because overlays do.
-SCRATCH_DIR = '/var/tmp'
+TEMPORARY_DIR = '/var/tmp'
 ADMIN_PATH = '/usr/sbin:/usr/bin:/sbin:/bin'
-
-# The environment that virt-v2v gets of the caller's.
-ENVIRONMENT = re.compile(rb'PATH|LIBGUESTFS_\w+|VIRTIO_WIN|(?:https?|ftp|all|no)_proxy'
-                         rb'|(?:HTTPS?|FTP|ALL|NO)_PROXY')
-
-CLONE_NEWNS = 0x00020000            # unshare(2)
-MS_REC_SLAVE = 0x4000 | 0x80000     # mount(2)
-PR_SET_CHILD_SUBREAPER = 36         # prctl(2)
-CAPABILITY_VERSION_3 = 0x20080522   # capset(2)
 
 
 # ---------------------------------------------------------------------------------------------
-# Errors
-
-class Problem(namedtuple('Problem', 'subject text')):
-    """One thing that is wrong: the key, option or thing, and what was expected or happened."""
-
-    __slots__ = ()
-
-    def __str__(self):
-        return '{0.subject}: {0.text}'.format(self)
-
+# Errors and log
 
 class WrapperError(Exception):
-    """Why no conversion was started: `problems`, each of them one line for the caller."""
+    """Why no conversion was started: `problems`, pairs (subject, text), a line for the caller each.
+
+    The subject is the key, option or thing; the text says what was expected, or what happened.
+    """
 
     status = EXIT_HOST
 
     def __init__(self, *problems):
-        super().__init__(*[str(problem) for problem in problems])
+        super().__init__(*map(': '.join, problems))
         self.problems = problems
 
 
@@ -128,36 +136,111 @@ class HostError(WrapperError):
 
 
 class RequestError(WrapperError):
-    """The request is wrong."""
+    """The request, or the command line, is wrong."""
 
     status = EXIT_REQUEST
 
 
-class UsageError(WrapperError):
-    """The command line is wrong."""
-
-    status = EXIT_REQUEST
-
-
-def os_problem(subject, error):
-    """Return the Problem that OSError `error` is for `subject`, without the file's name in it."""
-    text = error.strerror or type(error).__name__
-    # With Python 3.6, subprocess puts the name behind it.
-    known = os.strerror(error.errno) if error.errno else text
-    return Problem(subject, text if text.endswith(known) else known)
+def os_text(error):
+    """Return what OSError `error` says, without the name of a file in it."""
+    known = os.strerror(error.errno) if error.errno else type(error).__name__
+    # Our own system calls put their name before it; subprocess of Python 3.6 a file's name behind.
+    text = error.strerror or known
+    return text if text.endswith(known) else known
 
 
-def internal_problem(error):
-    """Return the Problem for exception `error`, a mistake of ours. Its text may be secret."""
-    traceback = error.__traceback__
-    while traceback.tb_next:
-        traceback = traceback.tb_next
-    return Problem('internal error', '{} in line {}'.format(type(error).__name__,
-                                                            traceback.tb_lineno))
+def problems_of(error):
+    """Return the problems for the caller that exception `error` stands for."""
+    if isinstance(error, WrapperError):
+        return error.problems
+    if isinstance(error, OSError):
+        return [('this host', os_text(error))]      # no descriptors left, or the like
+    return [('internal error', where(error))]
+
+
+@contextmanager
+def blaming(subject):
+    """Turn an OSError into a HostError about `subject`."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError((subject, os_text(error))) from None
+
+
+def where(error):
+    """Say what exception `error` is and where in this file it came from. Its text may be secret."""
+    kind = type(error).__name__
+    kind = '{} ({})'.format(kind, os_text(error)) if isinstance(error, OSError) else kind
+    places, trace = [], error.__traceback__
+    while trace:
+        code = trace.tb_frame.f_code
+        if code.co_filename == where.__code__.co_filename:
+            places.append('{} line {}'.format(code.co_name, trace.tb_lineno))
+        trace = trace.tb_next
+    return '{} in {}'.format(kind, ', '.join(places))
+
+
+# C0, DEL and C1 controls, line separators, controls of the writing direction, and halves of
+# surrogate pairs, which are no text.
+_UNPRINTABLE = re.compile(
+    '[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+
+
+def clean(data):
+    """Return `data` (bytes or str) as a text that may be shown on a terminal, of bounded length."""
+    text = data.decode('utf-8', 'replace') if isinstance(data, bytes) else data
+    lines = text[:MAX_MESSAGE].strip('\n').split('\n')
+    return '\n'.join(_UNPRINTABLE.sub('?', line) for line in lines)
+
+
+def timestamp():
+    """Return the time, UTC in ISO 8601."""
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+
+
+def write_all(fd, data):
+    """Write all of `data` (bytes). Raises OSError, whose `written` says how much came before."""
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(fd, data[written:] if written else data)
+    except OSError as error:
+        error.written = written
+        raise
+
+
+class Log:
+    """The wrapper's own log, one line for each record. Whatever is wrong with it is ignored.
+
+    Not the module logging: importing that takes longer than all that is done before virt-v2v runs.
+    """
+
+    def __init__(self):
+        self.fd = None          # the job's log, as soon as there is one
+
+    def write(self, level, template, *values):
+        """Add a record: `template` with `values` in the places of its {}."""
+        with suppress(Exception):       # a full disk, no log yet, or a mistake of ours
+            # Line ends are escaped, so that no name can forge a record.
+            text = _UNPRINTABLE.sub(
+                lambda match: match.group().encode('unicode_escape').decode('ascii'),
+                template.format(*values))
+            record = '{} {} {}\n'.format(timestamp(), level, text)
+            write_all(self.fd, record.encode('utf-8', 'backslashreplace'))
+
+
+LOG = Log()
 
 
 # ---------------------------------------------------------------------------------------------
-# Types
+# Request: bytes -> Request, or one error that lists everything that is wrong
+
+# What the caller wants; the names of the fields are the keys of the request. `source_disks` is a
+# tuple, `unknown` the keys that this version does not know.
+Request = namedtuple('Request', 'vm_name output_format transport_method vmware_uri'
+                                ' vmware_password vmware_fingerprint export_domain source_disks'
+                                ' unknown')
+
 
 class Secret:
     """A text that no message, log or repr shows."""
@@ -165,11 +248,10 @@ class Secret:
     __slots__ = ('_text',)
 
     def __init__(self, text):
+        """Raises ValueError if virt-v2v would not get it all: it reads the first line of a file."""
+        if not text or re.search('[\x00\n\r\ud800-\udfff]', text):
+            raise ValueError
         self._text = text
-
-    def reveal(self):
-        """Return the text as bytes."""
-        return self._text.encode('utf-8')
 
     def __repr__(self):
         return '***'
@@ -177,48 +259,22 @@ class Secret:
     def __reduce__(self):
         raise TypeError('a secret is not to be stored')
 
+    def to_descriptor(self):
+        """Return a descriptor of a file in memory, without a name, that holds the text.
 
-# What the caller wants; the names of the fields are the keys of the request. `source_disks` is a
-# tuple, `unknown` the keys that this version does not know.
-Request = namedtuple('Request', 'vm_name output_format transport_method vmware_uri'
-                                ' vmware_password vmware_fingerprint export_domain source_disks'
-                                ' unknown')
-# The account the conversion runs as. `drop`: we are root and have to become it.
-Identity = namedtuple('Identity', 'name uid gid home drop')
-# The directories the caller chose, None where he did not.
-Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
-# The files of a job, absolute, as str.
-Paths = namedtuple('Paths', 'wrapper_log v2v_log state_file')
-# Which of its spellings this virt-v2v knows.
-Capabilities = namedtuple('Capabilities', 'messages io_option password_option')
-
-# Events in virt-v2v's output. `copying` is (number, count) in "Copying disk 1/3", or None.
-Phase = namedtuple('Phase', 'text copying')          # what virt-v2v does now
-Reached = namedtuple('Reached', 'number')            # this copy begins; 0: none goes on any more
-Percent = namedtuple('Percent', 'value')             # how much of the current disk is copied
-Source = namedtuple('Source', 'path')                # the next source disk, in the guest's order
-Opened = namedtuple('Opened', 'path')                # the source of the current copy
-Error = namedtuple('Error', 'text')                  # virt-v2v's own error
-Cause = namedtuple('Cause', 'program text')          # what a program below it complained of
-Notice = namedtuple('Notice', 'text')                # a warning
-Guest = namedtuple('Guest', 'vm_id')                 # UUID of the VM in the export domain
-
-# One disk being copied; `sure` if virt-v2v said which one it is.
-Copy = namedtuple('Copy', 'number name percent sure')
-# All that is known of the conversion. `listed` are the request's source_disks, `sources` what
-# virt-v2v opened, `current` the number of the copy that percentages belong to, 0 for none.
-Progress = namedtuple('Progress', 'listed count sources copies current phase error causes vm_id')
-# What is fixed when virt-v2v has been executed.
-Start = namedtuple('Start', 'pid wrapper_pid started_at')
-# How it ended; `message` says why it failed, None if it did not.
-Ending = namedtuple('Ending', 'return_code message finished_at')
+        The text itself is forgotten. Raises HostError.
+        """
+        with blaming('memory for the password'):
+            if hasattr(os, 'memfd_create'):                 # Python 3.8
+                fd = os.memfd_create(PROGRAM)       # novm
+            else:
+                fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
+            os.fchmod(fd, 0o400)
+            write_all(fd, self._text.encode('utf-8'))
+        self._text = None
+        return fd
 
 
-# ---------------------------------------------------------------------------------------------
-# Request: bytes -> Request, or one error that lists everything that is wrong
-
-# C0, DEL and C1 controls, line separators, and halves of surrogate pairs, which are no text.
-_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 _URI = re.compile(r'''
     (?:esx|vpx) ://
     (?: (?!%3[aA]) [\w.~!$&'()*+,;=%-] )+ @             # a user, no colon: so no password
@@ -228,185 +284,153 @@ _URI = re.compile(r'''
     (?: \? [\w.~!$&'()*+,;=:@%/?\[\]-]* )?
     ''', re.VERBOSE | re.ASCII)
 _FINGERPRINT = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){19}(?:(?::[0-9A-Fa-f]{2}){12})?')
-_NFS_EXPORT = re.compile(r'(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
-_BLANK = re.compile(r'\s')
+_EXPORT_DOMAIN = re.compile(r'/\S*|'
+                            r'(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
 
 
-def _fits(value):
-    """Say whether `value` is a printable text that is not empty and not too long."""
-    return (isinstance(value, str) and value != '' and not _UNPRINTABLE.search(value)
-            and len(value.encode('utf-8')) <= MAX_TEXT)
+def _text(value, pattern=None):
+    """Return `value` if it is printable, not empty, not too long, and as `pattern` says.
 
-
-def _text(value):
-    if not _fits(value):
+    Like all of these it raises ValueError if the value is wrong, and TypeError if its type is.
+    """
+    if not value or _UNPRINTABLE.search(value) or len(value.encode('utf-8')) > MAX_TEXT:
         raise ValueError
-    return value
-
-
-def _matching(pattern):
-    def check(value):
-        if not pattern.fullmatch(_text(value)):
-            raise ValueError
-        return value
-    return check
-
-
-def _one_of(*values):
-    def check(value):
-        if not isinstance(value, str) or value not in values:
-            raise ValueError
-        return value
-    return check
-
-
-def _fingerprint(value):
-    return _matching(_FINGERPRINT)(value).upper()
-
-
-def _password(value):
-    # virt-v2v reads the first line of the file (virt-v2v-facts).
-    if not isinstance(value, str) or not value or re.search('[\x00\n\r\ud800-\udfff]', value):
-        raise ValueError
-    return Secret(value)
-
-
-def _export_domain(value):
-    if _BLANK.search(_text(value)) or not (value.startswith('/') or _NFS_EXPORT.fullmatch(value)):
+    if pattern and not pattern.fullmatch(value):
         raise ValueError
     return value
 
 
 def _disks(value):
-    if not isinstance(value, list) or not all(map(_fits, value)) or len(set(value)) < len(value):
+    disks = tuple(map(_text, value))
+    if not isinstance(value, list) or len(set(disks)) < len(disks):
         raise ValueError
-    return tuple(value)
+    return disks
+
+
+def _one_of(*values):
+    return lambda value: values[values.index(_text(value))]
 
 
 _MANDATORY = object()
 
-# Key, default, validator (raises ValueError), what is expected.
+# Key, default, what makes the field of its value, what is expected.
 _RULES = (
     ('vm_name', _MANDATORY, _text,
      'a non-empty string of at most 4096 bytes without control characters'),
     ('output_format', 'raw', _one_of('raw', 'qcow2'), '"raw" or "qcow2"'),
     ('transport_method', _MANDATORY, _one_of('vddk'), '"vddk"'),
-    ('vmware_uri', _MANDATORY, _matching(_URI),
+    ('vmware_uri', _MANDATORY, lambda value: _text(value, _URI),
      'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password'),
-    ('vmware_password', _MANDATORY, _password, 'a non-empty string without NUL or line ends'),
-    ('vmware_fingerprint', _MANDATORY, _fingerprint,
+    ('vmware_password', _MANDATORY, Secret, 'a non-empty string without NUL or line ends'),
+    ('vmware_fingerprint', _MANDATORY, lambda value: _text(value, _FINGERPRINT).upper(),
      '20 or 32 colon-separated pairs of hex digits'),
-    ('export_domain', _MANDATORY, _export_domain,
+    ('export_domain', _MANDATORY, lambda value: _text(value, _EXPORT_DOMAIN),
      'HOST:/PATH or an absolute directory, without blanks or control characters'),
     ('source_disks', (), _disks, 'a list of different non-empty strings'),
 )
 
 
-def _checked(document, problems):
-    """Return the values of all keys in `document`; append to `problems` what is wrong."""
-    values = {}
-    for key, default, check, expected in _RULES:
-        value = document.get(key)
-        if value is None:
-            values[key] = default
-            if default is _MANDATORY:
-                problems.append(Problem(key, 'missing, expected ' + expected))
-            continue
-        try:
-            values[key] = check(value)
-        except ValueError:
-            problems.append(Problem(key, 'expected ' + expected))
-    return values
-
-
 def _number(text):
-    """Numbers mean nothing to us, but 1e999 would be Infinity, and JSON has no such thing."""
+    """Numbers mean nothing to us, but 1e999 would be Infinity, which JSON has no more than NaN."""
     number = float(text)
-    if number in (float('inf'), float('-inf')):
-        raise RequestError(Problem('request', 'a number is out of range'))
+    if not float('-inf') < number < float('inf'):
+        raise RequestError(('request', 'a number is out of range, or none'))
     return number
-
-
-def _no_number(text):
-    raise RequestError(Problem('request', text + ' is not JSON'))
-
-
-def _object(pairs):
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        known = [rule[0] for rule in _RULES]
-        seen = [key for key, _ in pairs]
-        twice = [key for key in known if seen.count(key) > 1] or ['a key']
-        raise RequestError(*[Problem('request', name + ' is given twice') for name in twice])
-    return document
-
-
-def _decoded(data):
-    try:
-        return data.decode('utf-8')
-    except UnicodeDecodeError:
-        raise RequestError(Problem('request', 'is not UTF-8')) from None
 
 
 def _document(data):
     """Return the JSON object in `data`."""
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            # The name of a key that we do not know may be anything, a misplaced password too.
+            twice = [rule[0] for rule in _RULES if keys.count(rule[0]) > 1] or ['a key']
+            raise RequestError(*[('request', key + ' is given twice') for key in twice])
+        return dict(pairs)
+
     if len(data) > MAX_REQUEST:
-        raise RequestError(Problem('request', 'is longer than {} bytes'.format(MAX_REQUEST)))
+        raise RequestError(('request', 'is longer than {} bytes'.format(MAX_REQUEST)))
     if not data.strip():
-        raise RequestError(Problem('request', 'is empty, expected a JSON object'))
+        raise RequestError(('request', 'is empty, expected a JSON object'))
     if data.startswith(b'\xef\xbb\xbf'):
-        raise RequestError(Problem('request', 'begins with a byte order mark'))
+        raise RequestError(('request', 'begins with a byte order mark'))
     try:
-        document = json.loads(_decoded(data), object_pairs_hook=_object, parse_int=_number,
-                              parse_float=_number, parse_constant=_no_number)
+        document = json.loads(data.decode('utf-8'), object_pairs_hook=unique, parse_int=_number,
+                              parse_float=_number, parse_constant=_number)
     except RecursionError:
-        raise RequestError(Problem('request', 'is nested too deeply')) from None
+        raise RequestError(('request', 'is nested too deeply')) from None
+    except UnicodeDecodeError:
+        raise RequestError(('request', 'is not UTF-8')) from None
     except ValueError as error:
-        where = 'line {0.lineno} column {0.colno}'.format(error)
-        raise RequestError(Problem('request', 'is not JSON: {}, {}'.format(
-            error.msg.partition(':')[0], where))) from None
+        raise RequestError(('request', 'is not JSON: {}, line {} column {}'.format(
+            error.msg.partition(':')[0], error.lineno, error.colno))) from None
     if not isinstance(document, dict):
-        raise RequestError(Problem('request', 'expected a JSON object'))
+        raise RequestError(('request', 'expected a JSON object'))
     return document
 
 
 def parse_request(data):
     """Return the Request in `data` (bytes). Raises RequestError with all its problems."""
     document = _document(data)
-    problems = []
-    values = _checked(document, problems)
+    values, problems = {}, []
+    for key, default, make, expected in _RULES:
+        value = document.pop(key, None)
+        try:
+            values[key] = default if value is None else make(value)
+        except (ValueError, TypeError):
+            problems.append((key, 'expected ' + expected))
+        if value is None and default is _MANDATORY:
+            problems.append((key, 'missing, expected ' + expected))
     if problems:
         raise RequestError(*problems)
-    unknown = tuple(sorted(set(document) - set(values)))
-    return Request(unknown=unknown, **values)
+    return Request(unknown=tuple(sorted(document)), **values)
 
 
 def read_request(fd):
     """Read descriptor `fd` to its end and return the Request in it. Raises RequestError."""
     if os.isatty(fd):
-        raise RequestError(Problem('request', 'expected as JSON on standard input, which is a'
-                                              ' terminal; see --help'))
-    data = b''
-    while len(data) <= MAX_REQUEST:
+        raise RequestError(('request', 'expected as JSON on standard input, which is a terminal;'
+                                       ' see --help'))
+    data, piece = b'', None
+    while piece != b'' and len(data) <= MAX_REQUEST:
         try:
             piece = os.read(fd, CHUNK)
+            data += piece
         except BlockingIOError:
             select.select([fd], [], [])
-            continue
         except OSError as error:
-            raise RequestError(os_problem('request', error)) from None
-        if not piece:
-            break
-        data += piece
+            raise RequestError(('request', os_text(error))) from None
     return parse_request(data)
 
 
 # ---------------------------------------------------------------------------------------------
 # Output: chunks -> lines -> events. Bytes until a field is taken out, and bounded memory.
+#
+# From 1.41.1 on virt-v2v sends JSON messages. There, a message says what happens, and the line of
+# the same text in the output says when: virt-v2v writes the message first. A phase line counts only
+# if its text was announced by a message, and once; copies count only in sequence; errors count from
+# the messages alone. Without messages the lines have to do.
+#
+# Nothing is believed while virt-v2v looks into the guest, because then the guest speaks in the log.
+# The exit status of virt-v2v alone decides whether the conversion succeeded.
 
-# The stages of a conversion by what may be believed in the output. While virt-v2v looks into the
-# guest (_GUEST), what the guest says stands in the log too, so nothing there is believed.
-_OPENING, _GUEST, _TARGET, _COPYING, _METADATA, _OVER = range(6)
+# One thing that happened. The names, and the line or message that each comes from:
+#   phase    text     what virt-v2v does now            [   0.0] Setting up the source: -i libvirt
+#   disk     number   this disk begins to be copied     [  40.1] Copying disk 2/3
+#   idle     None     no disk is being copied           any other phase line
+#   percent  0..100   of the disk being copied          a bar of nbdcopy or qemu-img
+#   source   path     the next disk of the guest        the command of its nbdkit
+#   opened   path     the disk being copied is this     Opening file [ds] vm/vm.vmdk (vpxa-nfcssl://
+#   vm_id    UUID     of the VM in the export domain    the OVF that -v shows
+#   error    text     virt-v2v's own error              virt-v2v: error: ...
+#   cause    text     a program below it complains      nbdkit: file.3: error: ...
+#   warning  text     virt-v2v's own warning            a message
+Event = namedtuple('Event', 'name value')
+
+# The stages of a conversion. A stage begins with the phase whose text begins so, and every other
+# phase is one in which virt-v2v looks into the guest.
+_OPENING, _GUEST, _TARGET, _COPYING, _METADATA, _OVER = (
+    'opening', 'guest', 'target', 'copying', 'metadata', 'over')
 _STAGES = (
     ('Setting up the source', _OPENING),        # 2.x
     ('Opening the ', _OPENING),
@@ -417,477 +441,306 @@ _STAGES = (
     ('Creating output metadata', _METADATA),
     ('Finishing off', _METADATA),
 )
+# Versions without messages: believed at every stage. Their errors may come at any time.
+_LEGACY = 'legacy'
+_TRUSTED = {_OPENING, _TARGET, _COPYING, _METADATA}
 
 _PHASE_LINE = re.compile(rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)')      # "[%6.1f] %s"
 _COPYING_DISK = re.compile(r'Copying disk ([0-9]{1,3})/([0-9]{1,3})(?![0-9])')
-_BAR = re.compile(rb'[^%]{0,12}?([0-9]{1,3})% \[[*-]{40}\]')    # nbdcopy, 2.x
-_RATIO = re.compile(rb' {4}\(([0-9]{1,3}(?:\.[0-9]+)?)/100%\)')  # qemu-img, 1.x
-_NBDKIT_COMMAND = re.compile(rb" *(?:LANG=C )?'?nbdkit'? ")
-_NBDKIT_FILE = re.compile(rb"'file=((?:[^']|'\\'')+)'")
-_NBDKIT_CONFIG = b'vddk: config key=file, value='
-_OPENING_FILE = re.compile(rb'Opening file (\[[^]]*\] .+?) \([a-z-]+://')
-_NBDCOPY_URI = re.compile(rb"'nbd\+unix:///(%5[bB][^?']*)\?socket=")
-_ERROR_LINE = b'virt-v2v: error: '
-_NBDKIT_ERROR = re.compile(rb'nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: .+')
-_OVF_ID = re.compile(rb"""ovf:id=['"]([0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})['"]""")
 
 
-def clean(data):
-    """Return `data` (bytes or str) as a text that may be shown on a terminal, of bounded length."""
-    text = data.decode('utf-8', 'replace') if isinstance(data, bytes) else data
-    lines = text[:MAX_MESSAGE].strip('\n').split('\n')
-    return '\n'.join(_UNPRINTABLE.sub('?', line) for line in lines)
+# What is understood: the stages in which a line may be believed, a literal to find it by, the
+# pattern of the whole line, the event, and what makes its value of the group in the pattern.
+_Row = namedtuple('_Row', 'stages literal pattern event make')
+_TABLE = tuple(_Row(*row) for row in (
+    # 1.38 to 2.7.15: LANG=C 'nbdkit' '--exit-with-parent' ... 'vddk' ... 'file=[ds] vm/vm.vmdk' ...
+    ({_OPENING}, b"'vddk'",
+     rb" *(?:LANG=C )?'?nbdkit'? .*?'vddk'.*?'file=((?:[^']|'\\'')+)'.*", 'source',
+     lambda path: clean(path.replace(rb"'\''", b"'"))),
+    # 1.36 of RHEL 7.5: nbdkit: debug: vddk: config key=file, value=[ds] vm/vm.vmdk
+    ({_LEGACY}, b'=file, value=', rb'.*?vddk: config key=file, value=(.*)', 'source', clean),
+    # 2.x: a spinner, then "  12% [*****-----------------------------------]"
+    ({_COPYING}, b'% [', rb'[^%]{0,12}?([0-9]{1,3})% \[[*-]{40}\]', 'percent', int),
+    # 1.x, qemu-img: "    (12.34/100%)"
+    ({_COPYING}, b'/100%)', rb' {4}\(([0-9]{1,3}(?:\.[0-9]+)?)/100%\)', 'percent', float),
+    # From 2.7.16 on: nbdcopy 'nbd+unix:///%5bds%5d%20vm/vm.vmdk?socket=/tmp/v2v.x/in0' ...
+    ({_COPYING}, b'nbdcopy ', rb"nbdcopy .*?'nbd\+unix:///(%5[bB][^?']*)\?socket=.*", 'opened',
+     lambda path: clean(re.sub(rb'%([0-9A-Fa-f]{2})', lambda match: bytes.fromhex(
+         match.group(1).decode('ascii')), path))),
+    # nbdkit: vddk[1]: debug: Opening file [ds] vm/vm.vmdk (vpxa-nfcssl://[ds] vm/vm.vmdk@host:902)
+    ({_COPYING}, b'ile [', rb'.*?Opening file (\[[^]]*\] .+?) \([a-z-]+://.*', 'opened', clean),
+    # virt-v2v: error: nbdcopy command failed, see earlier error messages
+    (_TRUSTED | {_LEGACY}, b': err', rb'virt-v2v: error: (.*)', 'error', bytes),
+    # nbdkit: vddk[4]: error: VixDiskLib_ReadAsync: ...; from 1.46 on: nbdkit[in0]: error: ...
+    (_TRUSTED, b': err',
+     rb'(nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: .+)', 'cause', clean),
+    # mount.nfs: access denied by server while mounting ...
+    ({_TARGET}, b'mount', rb'(mount(?:\.nfs4?)?: .*)', 'cause', clean),
+    # nbdcopy: write at offset 51904512 failed: No space left on device
+    ({_COPYING}, b'copy: ', rb'(nbdcopy: .*)', 'cause', clean),
+    # 1.x: qemu-img: error while writing sector 1: No space left on device
+    ({_COPYING}, b'-img: ', rb'(qemu-img: .*)', 'cause', clean),
+    # <Section ovf:id='UUID' ovf:required='false' xsi:type='ovf:OperatingSystemSection_Type'>
+    ({_COPYING, _METADATA}, b':OperatingSystemSection_Type',
+     rb""".*?ovf:id=['"]([0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})['"].*""", 'vm_id',
+     lambda uuid: uuid.decode('ascii').lower()),
+))
 
 
-def phase(text):
-    """Return the Phase that virt-v2v's message `text` announces."""
-    match = _COPYING_DISK.match(text)
-    copying = (int(match.group(1)), int(match.group(2))) if match else None
-    if copying and not 1 <= copying[0] <= copying[1]:
-        copying = None
-    return Phase(clean(text), copying)
+class Lines:
+    """Joins chunks to whole lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
 
-
-def parse_message(line):
-    """Return the event in one JSON message of virt-v2v (bytes), or None."""
-    try:
-        message = json.loads(line.decode('utf-8'))
-        kind, text = message['type'], message['message']
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    if not isinstance(text, str) or not isinstance(kind, str):
-        return None
-    make = {'message': phase, 'error': lambda text: Error(clean(text)),
-            'warning': lambda text: Notice(clean(text))}.get(kind)
-    return make(text) if make else None
-
-
-def _percent(line):
-    match = _BAR.fullmatch(line)
-    if match:
-        return Percent(min(100, int(match.group(1))))
-    match = _RATIO.fullmatch(line)
-    return Percent(min(100, float(match.group(1)))) if match else None
-
-
-def _nbdkit_source(line):
-    # The appliance shows the labels of the guest's file systems, but not at the start of a line.
-    plugin = line.find(b"'vddk'")
-    if plugin < 0 or not _NBDKIT_COMMAND.match(line):
-        return None
-    match = _NBDKIT_FILE.search(line, plugin)
-    return Source(clean(match.group(1).replace(b"'\\''", b"'"))) if match else None
-
-
-def _nbdkit_config(line):
-    return Source(clean(line.partition(_NBDKIT_CONFIG)[2]))
-
-
-def _vddk_opening(line):
-    match = _OPENING_FILE.match(line, line.find(b'Opening file ['))
-    return Opened(clean(match.group(1))) if match else None
-
-
-def _nbdcopy_source(line):
-    if not line.startswith(b'nbdcopy '):
-        return None
-    match = _NBDCOPY_URI.search(line)
-    if not match:
-        return None
-    path = re.sub(rb'%([0-9A-Fa-f]{2})', lambda m: bytes([int(m.group(1), 16)]), match.group(1))
-    return Opened(clean(path))
-
-
-def _nbdkit_cause(line):
-    return Cause('nbdkit', clean(line)) if _NBDKIT_ERROR.match(line) else None
-
-
-def _cause_of(*programs):
-    def cause(line):
-        program = line.partition(b': ')[0]
-        return Cause(program.decode('ascii'), clean(line)) if program in programs else None
-    return cause
-
-
-def _plain_error(line):
-    return Error(line[len(_ERROR_LINE):]) if line.startswith(_ERROR_LINE) else None
-
-
-def _guest_id(line):
-    match = _OVF_ID.search(line)
-    return Guest(match.group(1).decode('ascii').lower()) if match else None
-
-
-# For each stage: literals that are cheap to look for in a whole chunk, and what to make of a line
-# that holds one. Measured: they cost less than any regular expression, and with CPython from 3.10
-# on, one of at most 5 bytes costs a quarter of a longer one (fastsearch.h).
-_ERRORS = ((b': err', _plain_error), (b': err', _nbdkit_cause))
-_OVF_LOOK = (b'OperatingSystemSection_Type', _guest_id)
-_LOOKS = {
-    _OPENING: _ERRORS + ((b"vddk'", _nbdkit_source),),
-    _GUEST: (),
-    _TARGET: _ERRORS + ((b'mount', _cause_of(b'mount', b'mount.nfs', b'mount.nfs4')),),
-    _COPYING: _ERRORS + ((b'%', _percent), (b'%', _nbdcopy_source), (b'ile [', _vddk_opening),
-                         (b'copy:', _cause_of(b'nbdcopy')),
-                         (b'-img:', _cause_of(b'qemu-img')), _OVF_LOOK),
-    _METADATA: _ERRORS + (_OVF_LOOK,),
-    _OVER: (),
-}
-# Versions without JSON messages: their errors may come at any time, the first of them have nbdkits
-# whose command is not shown (RHEL 7.5), and any line in brackets may be a phase.
-_PLAIN_LOOKS = {stage: looks + ((b': err', _plain_error), (_NBDKIT_CONFIG, _nbdkit_config),
-                                (b'\n[', None), (b'\r[', None))
-                for stage, looks in _LOOKS.items()}
-
-
-class LineBuffer:
-    """Joins chunks to whole lines, ended by LF or CR. Lines above MAX_LINE are dropped.
-
-    It keeps one buffer for all of them: new ones for each chunk, of ever other sizes, let the heap
-    grow by more than 1 MiB in 2 GB of log.
-    """
-
-    def __init__(self):
-        self.buffer = bytearray(1 + MAX_LINE + CHUNK)
-        # In it: lines that are done with, the end of the last of them, a line that has only begun.
-        self.buffer[0:1] = b'\n'
-        self._done = 0
-        self._filled = 1
-        self._dropping = False
+    def __init__(self, limit):
+        self._limit = limit
+        self._rest = b'\n'      # the end of the last whole line, and the line that has only begun
 
     def take(self, chunk):
-        """Add `chunk` (bytes or the like) to the buffer.
-
-        Returns (start, limit): there the buffer has all complete lines so far, behind the end of
-        the one before, until the next call.
-        """
-        buffer = self.buffer
-        rest = self._filled - self._done
-        buffer[:rest] = buffer[self._done:self._filled]
-        self._filled = rest + len(chunk)
-        buffer[rest:self._filled] = chunk
-        limit = 1 + max(buffer.rfind(end, rest, self._filled) for end in (b'\n', b'\r'))
-        start = self._dropped(limit) if self._dropping else 0
-        self._done = max(0, limit - 1)
-        self._dropping = (self._filled - self._done > MAX_LINE
-                          or self._dropping and limit == 0)
-        if self._dropping:
-            self._done = self._filled
-        return start, limit
-
-    def _dropped(self, limit):
-        """Return where the line that is being dropped has ended, `limit` if it has not."""
-        ends = [self.buffer.find(end, 0, limit) for end in (b'\n', b'\r')]
-        return min([end for end in ends if end >= 0], default=limit)
+        """Return the lines that are whole now, each with the end of the one before: b'\\na\\rb'."""
+        data = self._rest + chunk
+        end = max(data.rfind(b'\n'), data.rfind(b'\r'))
+        self._rest = data[end:end + 1 + self._limit]
+        return data[:end]
 
     def end(self):
-        """Return the last line if nothing ended it."""
-        return bytes(self.buffer[self._done + 1:self._filled])
+        """Return the last line if nothing ended it, as take does."""
+        return self._rest
 
 
-def split(lines):
-    """Return the lines in `lines` without their ends, LF or CR."""
-    return lines.replace(b'\r', b'\n').split(b'\n')
+def copying_disk(text):
+    """Return (number, count) if phase `text` is of a disk being copied, else None."""
+    match = _COPYING_DISK.match(text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    return (number, count) if 1 <= number <= count else None
 
 
-class MessageParser:
-    """Makes events of virt-v2v's JSON messages."""
+class Parser:
+    """Makes events of what virt-v2v and the programs below it print, and of its messages."""
 
-    def __init__(self):
-        self._lines = LineBuffer()
-
-    def feed(self, chunk):
-        """Return the events in what was read last."""
-        start, limit = self._lines.take(chunk)
-        lines = split(bytes(self._lines.buffer[start:limit]))
-        events = map(parse_message, filter(None, lines))
-        return [event for event in events if event is not None]
-
-
-class OutputParser:
-    """Makes events of what virt-v2v and the programs below it print.
-
-    Where there are JSON messages (`messages`), these say what happens, and the output only says
-    when: a phase line counts if its text was announced before as a message, and errors count from
-    the messages alone. virt-v2v writes a message before the line of the same text.
-    """
-
-    def __init__(self, messages):
-        self._announced = OrderedDict() if messages else None       # bytes of a phase: its text
-        self._looks = _LOOKS if messages else _PLAIN_LOOKS
-        self._stage = _OPENING
+    def __init__(self, has_messages):
+        # Texts of phases, in bytes, whose message has come and whose line has not.
+        self._announced = OrderedDict() if has_messages else None
+        self._stage = None
+        self._begin(_OPENING)
         self._copies = 0        # how many have begun
-        self._lines = LineBuffer()
-        self._error = None      # text of an error that goes on in the next line
+        self._message_lines = Lines(MAX_MESSAGE_LINE)
+        self._lines = Lines(MAX_LINE)
+        self._error = None      # beginning of an error that goes on in the next line
 
-    def announce(self, text):
-        """Tell that virt-v2v has sent the message `text` (as Phase has it)."""
-        if text:                # nothing would be found everywhere
-            self._announced[text.encode('utf-8')] = text
+    def messages(self, chunk):
+        """Return the events in what was read last from the pipe of messages."""
+        events = map(self._message, self._message_lines.take(chunk).splitlines())
+        return [event for event in events if event]
 
-    def feed(self, chunk):
-        """Return the events in what was read last."""
-        events = []
-        for line in self._candidates(*self._lines.take(chunk)):
-            for event in self._line(line):
-                # A flood of percentages between two reads is worth no more than its last one.
-                if events and isinstance(event, Percent) and isinstance(events[-1], Percent):
-                    events.pop()
-                events.append(event)
-        return events
+    def _message(self, line):
+        try:
+            message = json.loads(line.decode('utf-8'))
+            kind, text = message['type'], message['message']
+            name = {'message': 'phase', 'error': 'error', 'warning': 'warning'}[kind]
+            event = Event(name, clean(text))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None         # a message of another type, or none at all
+        if name == 'phase' and event.value and self._announced is not None:
+            self._announced[text.strip('\n').partition('\n')[0].encode('utf-8', 'replace')] = text
+            if len(self._announced) > MAX_ANNOUNCED:
+                self._announced.popitem(last=False)
+        return event
+
+    def output(self, chunk):
+        """Return the events in what was read last from the pipe of output."""
+        return self._parse(self._lines.take(chunk))
 
     def end(self):
         """Return the events that were waiting for more output."""
-        events = list(self._line(self._lines.end()))
+        events = self._parse(self._lines.end() + b'\n')
         if self._error is not None:
-            events.append(Error(clean(self._error[len(_ERROR_LINE):])))
-        for text in (self._announced or {}).values():
-            events.extend(self._enter(text))
+            events.append(Event('error', clean(self._error)))
+        for text in list(self._announced or ()):
+            events += self._enter(text)
         return events
 
-    def _candidates(self, start, limit):
-        """Yield the lines that can matter in this part of the buffer; it begins with a line end.
+    def _parse(self, lines):
+        # Most parts have nothing in them that can matter now, and this is how that is seen fast.
+        if self._error is None and not self._has_literal(lines):
+            return []
+        middle = lines.find(b'\n', len(lines) // 2)
+        if len(lines) > SMALL_CHUNK and middle > 0:
+            return self._parse(lines[:middle]) + self._parse(lines[middle:])
+        return [event for line in lines.replace(b'\r', b'\n').split(b'\n')
+                for event in self._line(line[:MAX_LINE])]
 
-        What matters may change with each line, so they are looked for one after the other; but
-        each literal passes over the whole only once.
-        """
-        found = {}
-        end = start
-        while True:
-            if self._error is None:
-                position = self._next_position(end, limit, found)
-            else:
-                position = end + 1 if end + 1 < limit else None
-            if position is None:
-                return
-            begin, end = self._line_at(position, start, limit)
-            yield bytes(self._lines.buffer[begin:end])
-
-    def _line_at(self, position, start, limit):
-        lines = self._lines.buffer
-        begin = lines.rfind(b'\n', start, position) + 1
-        begin = max(begin, lines.rfind(b'\r', begin, position) + 1)
-        end = lines.find(b'\n', position, limit)
-        end = limit - 1 if end < 0 else end
-        carriage = lines.find(b'\r', position, end)
-        return begin, end if carriage < 0 else carriage
-
-    def _next_position(self, start, limit, found):
-        """Return where in a line the first literal of this stage is, at `start` or later, or None.
-
-        `found` has the results so far, for the next call.
-        """
-        nearest = None
-        literals = [literal for literal, _ in self._looks[self._stage]]
-        for literal in literals + list(self._announced or ()):
-            position = found.get(literal)
-            if position is None or 0 <= position < start:
-                position = found[literal] = self._lines.buffer.find(literal, start, limit)
-            if position >= 0:
-                position += literal[:1] in b'\r\n'
-                nearest = position if nearest is None else min(nearest, position)
-        return nearest
+    def _has_literal(self, lines):
+        # A phase line begins with a bracket, and where there are messages, it was announced.
+        return (any(row.literal in lines for row in self._rows)
+                or (b'\n[' in lines or b'\r[' in lines)
+                and (self._announced is None or any(text in lines for text in self._announced)))
 
     def _line(self, line):
+        """Return the events in one line."""
         if self._error is not None:
-            line = self._error + line
-            self._error = None
-        text = self._phase_text(line)
-        if text is not None:
-            return self._enter(text)
-        event = self._look(line)
-        if isinstance(event, Error):
-            return self._plain(event, line)
-        return (event,) if event else ()
-
-    def _phase_text(self, line):
-        match = _PHASE_LINE.fullmatch(line) if line.startswith(b'[') else None
-        if not match:
-            return None
-        if self._announced is None:
-            return clean(match.group(1))
-        # Others may be announced before it: their lines come glued to something else at times.
-        # But not those of copies, and a guest may know what will be announced after it.
-        text = self._announced.get(match.group(1))
-        copying = phase(text).copying if text else None
-        if copying and copying[0] != self._copies + 1:
-            return None
-        self._copies += bool(copying)
-        return self._announced.pop(match.group(1), None)
+            return self._error_line(line)
+        if line[:1] == b'[':
+            match = _PHASE_LINE.fullmatch(line)
+            return self._enter(match.group(1)) if match else []
+        for row in self._rows:
+            match = row.literal in line and re.fullmatch(row.pattern, line)
+            if match and row.event == 'error':
+                return self._error_line(match.group(1))
+            if match:
+                return [Event(row.event, row.make(match.group(1)))]
+        return []
 
     def _enter(self, text):
-        """Go to the stage that phase `text` begins."""
-        self._stage = next((stage for start, stage in _STAGES if text.startswith(start)), _GUEST)
-        event = phase(text)
-        reached = (Reached(event.copying[0] if event.copying else 0),)
-        return reached if self._announced is not None else (event,) + reached
-
-    def _look(self, line):
-        for literal, make in self._looks[self._stage]:
-            event = make(line) if make and literal in line else None
-            if event is not None:
-                return event
-        return None
-
-    def _plain(self, event, line):
-        """An error line. Up to 1.44 it is wrapped after a blank, so a blank says it goes on."""
-        if self._stage != _GUEST:
-            self._stage = _OVER         # what nbdkit says from now on is no cause of it
+        """The line of phase `text` (bytes) has come: go to its stage, if it may be believed."""
+        number, _ = copying_disk(text.decode('utf-8', 'replace')) or (0, 0)
         if self._announced is not None:
-            return ()
-        if line.endswith(b' ') and len(line) < MAX_MESSAGE:
-            self._error = line
-            return ()
-        return (Error(clean(event.text)),)
+            # A guest may know what will be announced; but its line never comes before the message.
+            if text not in self._announced or number and number != self._copies + 1:
+                return []
+            del self._announced[text]
+        self._copies += bool(number)
+        self._begin(next((stage for start, stage in _STAGES
+                          if text.startswith(start.encode('ascii'))), _GUEST))
+        event = Event('disk', number) if number else Event('idle', None)
+        return [event] if self._announced is not None else [Event('phase', clean(text)), event]
+
+    def _begin(self, stage):
+        self._stage = stage
+        self._rows = [row for row in _TABLE if stage in row.stages
+                      or self._announced is None and _LEGACY in row.stages]
+
+    def _error_line(self, text):
+        """An error. Up to 1.40 it is wrapped after a blank, so a blank says that it goes on."""
+        if self._stage != _GUEST:
+            self._begin(_OVER)          # what nbdkit says from now on is no cause of it
+        if self._announced is not None:
+            return []
+        text = (self._error or b'') + text
+        goes_on = (not text or text.endswith(b' ')) and len(text) < MAX_MESSAGE
+        self._error = text if goes_on else None
+        return [] if goes_on else [Event('error', clean(text))]
 
 
 # ---------------------------------------------------------------------------------------------
-# Progress: folds events into what is known, and this into the state. Only this room knows the
-# keys of the state file.
+# Progress: events -> what is known -> the state document. Only this room knows the keys of the
+# state file.
+
+# What is fixed when virt-v2v has been executed. The names of the fields are keys of the state.
+Facts = namedtuple('Facts', 'pid wrapper_pid vm_name wrapper_log v2v_log started_at')
 
 _POINTS_BACK = re.compile(r'see (?:earlier|previous)', re.IGNORECASE)
 
 
-def no_progress(listed):
-    """Return the Progress of a conversion that has just been started."""
-    return Progress(listed=listed, count=len(listed), sources=(), copies=(), current=0, phase=None,
-                    error=None, causes=(), vm_id=None)
+class Disk:
+    """A disk that is copied, or has been; `sure` if virt-v2v said which one it is."""
+
+    def __init__(self, number, path, sure):
+        self.number, self.path, self.sure = number, path, sure
+        self.percent = 0
 
 
-def _guess(progress, number):
-    """Return the name of copy `number` where virt-v2v does not tell it."""
-    taken = {copy.name for copy in progress.copies}
-    nth = progress.listed[number - 1:number]
-    name = next((path for path in nth + progress.listed if path not in taken),
-                'disk {}'.format(number))
-    while name in taken:                # a listed path may read "disk 2"
-        name = 'another ' + name
-    return name
+class Progress:
+    """All that is known of a conversion. For each kind of event it has a method of that name."""
+
+    def __init__(self, listed):
+        """`listed` are the request's source_disks, a tuple."""
+        self._listed = listed
+        self._count = len(listed)
+        self._sources = []
+        self._disks = []
+        self._current = None        # the disk that is being copied
+        self._phase = self._error = self._vm_id = None
+        self._causes = OrderedDict()        # program: what it said
+
+    def apply(self, event):
+        """Take in an Event."""
+        getattr(self, event.name)(event.value)
+
+    def phase(self, text):
+        """virt-v2v does something else now."""
+        self._phase = text
+        self._count = (copying_disk(text) or (0, self._count))[1]
+
+    def disk(self, number):
+        """The disk of this number begins to be copied."""
+        self.idle(None)
+        if number > max([0] + [disk.number for disk in self._disks]):
+            for disk in self._disks:
+                disk.percent = 100
+            self._disks.append(self._new_disk(number))
+        self._current = next((disk for disk in self._disks if disk.number == number), None)
+
+    def idle(self, _):
+        """No disk is being copied, and what programs said before is no cause of what comes."""
+        self._current = None
+        self._causes.clear()
+
+    def _new_disk(self, number):
+        taken = {disk.path for disk in self._disks}
+        source = self._sources[number - 1:number]
+        if source and source[0] not in taken:
+            return Disk(number, source[0], sure=True)
+        # virt-v2v does not tell: it is the one of that number in the request, or one without name.
+        nth = self._listed[number - 1:number] + self._listed
+        path = next((path for path in nth if path not in taken), 'disk {}'.format(number))
+        while path in taken:            # a listed path may read "disk 2"
+            path = 'another ' + path
+        return Disk(number, path, sure=False)
+
+    def percent(self, value):
+        """So much of the current disk is copied."""
+        if self._current:
+            self._current.percent = min(100, max(self._current.percent, value))
+
+    def source(self, path):
+        """This is the next disk in the guest's order."""
+        if path not in self._sources:
+            self._sources.append(path)
+
+    def opened(self, path):
+        """The current disk is this one."""
+        disk = self._current
+        if not disk or path in [other.path for other in self._disks]:
+            return
+        # A listed disk keeps the progress it has shown, so then it is too late for another path.
+        if not disk.sure and not (disk.percent and disk.path in self._listed):
+            disk.path, disk.sure = path, True
+
+    def error(self, text):
+        """virt-v2v says why it fails."""
+        self._error = text
+
+    def cause(self, text):
+        """A program complains. The first of each counts: what follows are mostly consequences."""
+        self._causes.setdefault(re.match(r'[\w.-]*', text).group(), text)
+
+    def warning(self, text):
+        """virt-v2v warns; that is in the logs."""
+
+    def vm_id(self, uuid):
+        """The new VM has this UUID."""
+        self._vm_id = uuid
+
+    def document(self, facts):
+        """Return the state of a conversion that goes on."""
+        percents = dict.fromkeys(self._listed, 0)
+        percents.update((disk.path, disk.percent) for disk in self._disks)
+        state = dict(started=True, **facts._asdict())
+        state['disks'] = [{'path': path, 'progress': percents[path]} for path in percents]
+        state['disk_count'] = self._count
+        state['updated_at'] = timestamp()
+        state.update((key, value) for key, value in (
+            ('phase', self._phase), ('vm_id', self._vm_id)) if value is not None)
+        error = self._error
+        if error and self._causes and _POINTS_BACK.search(error):
+            error = '{} ({})'.format(error, '; '.join(self._causes.values()))
+        return _with_message(state, error)
 
 
-def _new_copy(progress, number):
-    path = ''.join(progress.sources[number - 1:number])
-    if path and path not in [copy.name for copy in progress.copies]:
-        return Copy(number, path, 0, True)
-    return Copy(number, _guess(progress, number), 0, False)
-
-
-def _on_phase(progress, event):
-    count = event.copying[1] if event.copying else progress.count
-    return progress._replace(phase=event.text, count=count)
-
-
-def _on_reached(progress, event):
-    progress = progress._replace(current=event.number, causes=())
-    if event.number <= max([0] + [copy.number for copy in progress.copies]):
-        return progress
-    done = tuple(copy._replace(percent=100) for copy in progress.copies)
-    return progress._replace(copies=done + (_new_copy(progress, event.number),))
-
-
-def _change_current(progress, change):
-    copies = tuple(change(copy) if copy.number == progress.current else copy
-                   for copy in progress.copies)
-    return progress._replace(copies=copies)
-
-
-def _on_percent(progress, event):
-    return _change_current(progress, lambda copy: copy._replace(
-        percent=max(copy.percent, event.value)))
-
-
-def _on_source(progress, event):
-    if event.path in progress.sources:
-        return progress
-    return progress._replace(sources=progress.sources + (event.path,))
-
-
-def _on_opened(progress, event):
-    if event.path in [copy.name for copy in progress.copies]:
-        return progress
-
-    def name(copy):
-        # A listed disk keeps the progress it has shown, so then it is too late for another name.
-        fixed = copy.sure or (copy.percent and copy.name in progress.listed)
-        return copy if fixed else copy._replace(name=event.path, sure=True)
-    return _change_current(progress, name)
-
-
-def _on_error(progress, event):
-    return progress._replace(error=event.text)
-
-
-def _on_cause(progress, event):
-    # The first of each program: what follows are mostly consequences, such as broken connections.
-    if event.program in [cause.program for cause in progress.causes]:
-        return progress
-    return progress._replace(causes=progress.causes + (event,))
-
-
-def _on_guest(progress, event):
-    return progress._replace(vm_id=event.vm_id)
-
-
-_FOLDS = {Phase: _on_phase, Reached: _on_reached, Percent: _on_percent, Source: _on_source,
-          Opened: _on_opened, Error: _on_error, Cause: _on_cause, Guest: _on_guest}
-
-
-def fold(progress, event):
-    """Return what is known after `event`."""
-    apply = _FOLDS.get(type(event))
-    return apply(progress, event) if apply else progress
-
-
-def error_text(progress):
-    """Return virt-v2v's error, with its cause where it only points at earlier messages, or None."""
-    if not progress.error or not progress.causes or not _POINTS_BACK.search(progress.error):
-        return progress.error
-    return '{} ({})'.format(progress.error, '; '.join(cause.text for cause in progress.causes))
-
-
-def _disks(progress):
-    percents = OrderedDict((path, 0) for path in progress.listed)
-    percents.update((copy.name, copy.percent) for copy in progress.copies)
-    return [OrderedDict((('path', path), ('progress', percent)))
-            for path, percent in percents.items()]
-
-
-def timestamp(seconds=None):
-    """Return a time in seconds since the epoch, now by default, as UTC in ISO 8601."""
-    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds))
-
-
-def state_document(start, progress, return_code=None):
-    """Return the state of a conversion that goes on, or whose end is being dealt with."""
-    state = OrderedDict((
-        ('started', True), ('pid', start.pid), ('wrapper_pid', start.wrapper_pid),
-        ('disks', _disks(progress)), ('disk_count', progress.count),
-        ('started_at', start.started_at), ('updated_at', timestamp())))
-    message = error_text(progress)
-    optional = (('phase', progress.phase), ('vm_id', progress.vm_id), ('return_code', return_code))
-    state.update((key, value) for key, value in optional if value is not None)
-    return _with_message(state, message)
-
-
-def _with_message(state, message):
-    if message:
-        state['last_message'] = OrderedDict((('type', 'error'), ('message', message)))
-    return state
-
-
-def finished_document(state, ending):
-    """Return `state`, the last one published, completed by how the conversion ended."""
-    state = OrderedDict(state)
-    if ending.return_code is not None:
-        state['return_code'] = ending.return_code
-    state.pop('last_message', None)
-    if ending.message is None:
-        state['disks'] = [OrderedDict(disk, progress=100) for disk in state['disks']]
-    else:
-        state['failed'] = True
-    _with_message(state, ending.message)
-    state['updated_at'] = state['finished_at'] = ending.finished_at
-    state['finished'] = True
+def _with_message(state, text):
+    """Return `state` with `text` as its message, without any if that is None or empty."""
+    state = {key: value for key, value in state.items() if key != 'last_message'}
+    if text:
+        state['last_message'] = {'type': 'error', 'message': text}
     return state
 
 
@@ -899,27 +752,47 @@ def signal_name(number):
         return 'signal {}'.format(number)
 
 
-def failure_text(return_code, error, reason):
-    """Say why the conversion failed, or return None if it did not: only status 0 is success.
+def finished_document(state, return_code, reason, stuck=()):
+    """Return the last state of a conversion, made of the state before it.
 
-    `return_code` is None if it is not known; `error` what virt-v2v said, `reason` why the wrapper
-    stopped it, both None if there is nothing.
+    `return_code` is virt-v2v's, None if it is not known; `reason` why the wrapper ended it, None
+    if it did not; `stuck` are the processes that cannot be ended. Status 0 alone is success.
     """
+    error = state.get('last_message', {}).get('message')
+    if reason is None and return_code is None:
+        reason = 'virt-v2v is gone, and nobody knows how it ended'
+    elif reason is None and return_code < 0:
+        reason = 'virt-v2v was killed by ' + signal_name(-return_code)
+    elif reason is None and not error:
+        reason = ('virt-v2v ended with status {} and no error message, as it does when a signal'
+                  ' tells it to stop'.format(return_code))
+    text = '{} ({})'.format(reason, error) if reason and error else reason or error
+    if stuck:
+        text += '; not to be ended, as they sleep on storage that does not answer: ' + ', '.join(
+            stuck)
+    state = _with_message(state, None if return_code == 0 else text)
+    if return_code is not None:
+        state['return_code'] = return_code
     if return_code == 0:
-        return None
-    if reason:
-        return '{} ({})'.format(reason, error) if error else reason
-    if return_code is None:
-        return 'virt-v2v is gone, and nobody knows how it ended'
-    if return_code < 0:
-        killed = 'virt-v2v was killed by ' + signal_name(-return_code)
-        return '{} ({})'.format(killed, error) if error else killed
-    return error or ('virt-v2v ended with status {} and no error message, as it does when a signal'
-                     ' tells it to stop'.format(return_code))
+        state['disks'] = [dict(disk, progress=100) for disk in state['disks']]
+    else:
+        state['failed'] = True
+    state['updated_at'] = state['finished_at'] = timestamp()
+    state['finished'] = True
+    return state
 
 
 # ---------------------------------------------------------------------------------------------
 # Command: what to execute, in the words of the version that is there
+
+# Which of its spellings this virt-v2v knows: has it messages, has it -io, and how a password file
+# is named.
+Capabilities = namedtuple('Capabilities', 'messages io_option password_option')
+
+# The environment that virt-v2v gets of the caller's.
+_ENVIRONMENT = re.compile(rb'PATH|LIBGUESTFS_\w+|VIRTIO_WIN|(?:https?|ftp|all|no)_proxy'
+                          rb'|(?:HTTPS?|FTP|ALL|NO)_PROXY')
+
 
 def capabilities(ask):
     """Find out what this virt-v2v knows. Returns Capabilities.
@@ -937,22 +810,15 @@ def capabilities(ask):
         options = set(ask('--short-options') or []) | set(ask('--long-options') or [])
     # Up to 2.7.15 it says rhv, later ovirt, where -o rhv goes on to work (select_output.ml).
     if not {'output:rhv', 'output:ovirt'} & set(features):
-        raise HostError(Problem('virt-v2v', 'this version cannot write to an oVirt export domain'
-                                            ' (RHEL 10 has no -o rhv)'))
+        raise HostError(('virt-v2v', 'this version cannot write to an oVirt export domain'
+                                     ' (RHEL 10 has no -o rhv)'))
     if not {'-io', '--vddk-libdir'} & options:
-        raise HostError(Problem('virt-v2v', 'this version cannot read disks with VDDK'))
+        raise HostError(('virt-v2v', 'this version cannot read disks with VDDK'))
     return Capabilities(messages=messages, io_option='-io' in options,
                         password_option='-ip' if '-ip' in options else '--password-file')
 
 
-def _vddk_options(capability, libdir, thumbprint):
-    # 1.39.2 brought -io; the older spelling went in 2.7.13.
-    if capability.io_option:
-        return ['-io', 'vddk-libdir=' + libdir, '-io', 'vddk-thumbprint=' + thumbprint]
-    return ['--vddk-libdir', libdir, '--vddk-thumbprint', thumbprint]
-
-
-def virt_v2v_arguments(capability, request, directory, libdir, password_fd, message_fd):
+def make_arguments(capability, request, directory, libdir, password_fd, message_fd):
     """Return the arguments of virt-v2v, without its own name, as bytes.
 
     `directory` is the export domain. They are encoded here, because under LC_ALL=C Python 3.6
@@ -965,24 +831,28 @@ def virt_v2v_arguments(capability, request, directory, libdir, password_fd, mess
                   '-i', 'libvirt', '-ic', request.vmware_uri,
                   capability.password_option, '/proc/self/fd/{}'.format(password_fd),
                   '-it', 'vddk']
-    arguments += _vddk_options(capability, libdir, request.vmware_fingerprint)
+    # 1.39.2 brought -io; the older spelling went in 2.7.13.
+    if capability.io_option:
+        arguments += ['-io', 'vddk-libdir=' + libdir,
+                      '-io', 'vddk-thumbprint=' + request.vmware_fingerprint]
+    else:
+        arguments += ['--vddk-libdir', libdir, '--vddk-thumbprint', request.vmware_fingerprint]
     arguments += ['-of', request.output_format, '-o', 'rhv', '-os', directory,
                   '--bridge', 'ovirtmgmt', '--', request.vm_name]
     return [argument.encode('utf-8', 'surrogateescape') for argument in arguments]
 
 
-def virt_v2v_environment(inherited, identity, scratch):
+def make_environment(inherited, identity, scratch, cache):
     """Return the environment of virt-v2v: what of `inherited` (bytes to bytes) is of use, and ours.
 
-    `scratch` is the directory for its temporary files. libguestfs puts its sockets below
-    XDG_RUNTIME_DIR, or /tmp, where a killed run would leave them; and after a change of user the
-    caller's XDG_RUNTIME_DIR is somebody else's. Without LIBGUESTFS_CACHEDIR the appliance would be
-    built anew in each scratch directory.
+    `scratch` is the directory for its temporary files, `cache` the one for libguestfs' appliance
+    (both bytes). libguestfs puts its sockets below XDG_RUNTIME_DIR, or /tmp, where a killed run
+    would leave them; and after a change of user the caller's XDG_RUNTIME_DIR is somebody else's.
     """
     environment = {b'LIBGUESTFS_BACKEND': b'direct', b'PATH': os.fsencode(ADMIN_PATH),
-                   b'LIBGUESTFS_CACHEDIR': os.fsencode(SCRATCH_DIR)}
+                   b'LIBGUESTFS_CACHEDIR': cache}
     environment.update((name, value) for name, value in inherited.items()
-                       if ENVIRONMENT.fullmatch(name))
+                       if _ENVIRONMENT.fullmatch(name))
     environment.update({
         b'LC_ALL': b'C',                    # its messages are translated
         b'TMPDIR': scratch, b'VIRT_V2V_TMPDIR': scratch, b'XDG_RUNTIME_DIR': scratch,
@@ -992,166 +862,436 @@ def virt_v2v_environment(inherited, identity, scratch):
 
 
 # ---------------------------------------------------------------------------------------------
-# Places: who we are, which directories and files, which export domain
+# Processes: thin layers above system calls. No JSON but on our own pipes, no parsing.
 
-_UUID = re.compile('[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}')
-_OCTAL = re.compile(r'\\([0-7]{3})')
+# Constants of the kernel that Python 3.6 has no names for.
+_CLONE_NEWNS = 0x00020000           # unshare(2)
+_MS_REC_SLAVE = 0x4000 | 0x80000    # mount(2)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4      # prctl(2)
+_CAPABILITY_VERSION_3 = 0x20080522  # capset(2)
+_KEYCTL = {'x86_64': 250, 'aarch64': 219, 'ppc64le': 271, 's390x': 280}     # syscall(2)
+_KEYCTL_JOIN_SESSION_KEYRING = 1    # keyctl(2)
+# Enough for virt-v2v, and not too many for old programs that close every number there may be.
+_MAX_DESCRIPTORS = 1 << 16
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def system_call(name, *arguments):
+    """Call a function of the C library that returns -1 where it fails. Raises OSError."""
+    if getattr(_LIBC, name)(*arguments) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, '{}: {}'.format(name, os.strerror(number)))
+
+
+def unblock_signals():
+    """Let all signals in: in a child, before it is executed."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def shed_inheritance():
+    """Free this process of what its caller left to it, and of core dumps. Raises HostError."""
+    for fd in range(3):
+        # Taken, so that no other file gets their numbers; but reading and writing go on to fail.
+        try:
+            os.fstat(fd)
+        except OSError:
+            with blaming(os.devnull):
+                os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)
+    with blaming('/proc'):
+        inherited = [int(name) for name in os.listdir('/proc/self/fd') if int(name) > 2]
+    for fd in inherited:
+        with suppress(OSError):     # the one that listdir used
+            os.close(fd)
+    for number in range(1, signal.NSIG):
+        if signal.getsignal(number) == signal.SIG_IGN and number not in (
+                signal.SIGPIPE, signal.SIGXFSZ):        # Python ignores these itself
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    unblock_signals()
+    os.umask(0o022)
+    # A dump would show the password. A limit of 1 byte also keeps it from being piped to a program,
+    # which 0 does not (fs/coredump.c); below a hard limit of 0, it is at least empty.
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except (OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError), open('/proc/self/coredump_filter', 'w') as stream:
+        stream.write('0')
+    # What a shell limits for its user, or a service for itself, is not meant for a conversion.
+    for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS):
+        resource.setrlimit(kind, resource.getrlimit(kind)[1:] * 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_DESCRIPTORS)), hard))
+    with suppress(OSError), open('/proc/self/oom_score_adj', 'r+') as stream:
+        if int(stream.read()) < 0:
+            stream.write('0')
+
+
+@contextmanager
+def interruptible():
+    """Have the stop signals raise KeyboardInterrupt, so that what was begun is undone.
+
+    Afterwards they are blocked.
+    """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+
+
+def fork(child):
+    """Fork; the new process runs `child`, a function that returns an exit status, and ends.
+
+    Returns the process ID. In the child, SIGCHLD and the stop signals are blocked.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = child()
+        except Exception as error:
+            LOG.write('ERROR', 'internal error: {}', where(error))
+        finally:
+            os._exit(status)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def kill(pid, number):
+    """Send a signal to a process, or with a negative `pid` to a group, if there is one of ours."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def can_be_read(stream, patience):
+    """Wait at most `patience` seconds (None: for ever) until `stream` can be read; say if so."""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    return bool(poll.poll(None if patience is None else max(0, patience) * 1000))
+
+
+def run_program(subject, argv, environment, patience, stderr):
+    """Run a program that ends by itself; return its status and what it printed (bytes).
+
+    `stderr` is as for Popen. Raises HostError about `subject`, also if it takes more than
+    `patience` seconds or prints more than MAX_ANSWER bytes; then it is killed, and all it started.
+    """
+    with blaming(subject):
+        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stderr=stderr,
+                                 stdout=subprocess.PIPE, start_new_session=True)
+    give_up = time.monotonic() + patience
+    output, piece = b'', None
+    try:
+        while piece != b'' and len(output) <= MAX_ANSWER:
+            if not can_be_read(child.stdout, give_up - time.monotonic()):
+                raise HostError((subject, 'does not answer'))
+            piece = os.read(child.stdout.fileno(), CHUNK)
+            output += piece
+        if piece:
+            raise HostError((subject, 'answers with more than {} bytes'.format(MAX_ANSWER)))
+        return child.wait(max(0, give_up - time.monotonic())), output
+    except subprocess.TimeoutExpired:
+        raise HostError((subject, 'does not end')) from None
+    finally:
+        kill(-child.pid, signal.SIGKILL)
+        child.stdout.close()
+        with suppress(subprocess.TimeoutExpired):       # it may sleep on a dead server
+            child.wait(1)
+
+
+class Channel:
+    """A pipe for JSON values, one a line, from one of our processes to the one that forked it."""
+
+    def __init__(self):
+        self.reader, self.writer = os.pipe()
+        self._data = b''
+
+    def send(self, value):
+        """Send a value that is not None. Raises OSError, also if nobody can receive it."""
+        write_all(self.writer, json.dumps(value).encode('ascii') + b'\n')
+
+    def receive(self, give_up=None):
+        """Return the next value, None when all senders are gone. Raises TimeoutError.
+
+        `give_up` is a time of time.monotonic().
+        """
+        while b'\n' not in self._data:
+            if not can_be_read(self.reader, give_up and give_up - time.monotonic()):
+                raise TimeoutError
+            piece = os.read(self.reader, CHUNK)
+            if not piece:
+                return None
+            self._data += piece
+        line, _, self._data = self._data.partition(b'\n')
+        return json.loads(line.decode('ascii'))
+
+
+def expect_success(told):
+    """Return what another process has told, a dict. Raises HostError where it told problems."""
+    if isinstance(told, dict):
+        return told
+    raise HostError(*map(tuple, told or [('wrapper', 'ended before virt-v2v was started')]))
+
+
+class Pipe:
+    """A pipe that virt-v2v writes to. We keep the writing end too, so it never comes to an end."""
+
+    def __init__(self):
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+
+    def read(self):
+        """Return what is there, at most CHUNK bytes; b'' if there is nothing."""
+        try:
+            return os.read(self.reader, CHUNK)
+        except BlockingIOError:
+            return b''
+
+
+def ending_of(pid):
+    """Return how child `pid` ended, as subprocess has it, or None while it runs.
+
+    The child stays a zombie, so that its ID names nothing else. Raises ChildProcessError.
+    """
+    info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if info is None:
+        return None
+    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+
+
+def end_descendants(keep=None):
+    """Kill all our descendants: what loses its parent comes to us, who are a subreaper.
+
+    All are reaped but child `keep`, which stays a zombie. Returns the names of those that have not
+    gone after END_PATIENCE seconds: a process asleep on a dead server cannot be killed.
+    """
+    give_up = time.monotonic() + END_PATIENCE
+    while True:
+        # The kernel's list may miss some while others are reaped; but only we do that (proc(5)).
+        with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
+            living = [int(pid) for pid in stream.read().split()]
+        if keep in living and ending_of(keep) is not None:
+            living.remove(keep)
+        if not living or time.monotonic() > give_up:
+            names = []
+            for pid in living:
+                with open('/proc/{}/comm'.format(pid), 'rb') as stream:
+                    names.append('{} ({})'.format(clean(stream.read()), pid))
+            return names
+        for pid in living:
+            kill(pid, signal.SIGKILL)
+            if pid != keep:
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.002)
+
+
+# ---------------------------------------------------------------------------------------------
+# Places: who we are, which directories, which export domain
 
 def as_text(path):
     """Return `path`, a name that Python made of bytes in its own encoding, as the text it is."""
     return os.fsencode(path).decode('utf-8', 'surrogateescape')
 
 
-def find_identity():
-    """Return the Identity to run as: vdsm for root, else who we are. Raises HostError."""
-    drop = os.geteuid() == 0
-    try:
-        entry = pwd.getpwnam(VDSM_USER) if drop else pwd.getpwuid(os.geteuid())
-    except KeyError:
-        who = VDSM_USER if drop else 'with ID {}'.format(os.geteuid())
-        raise HostError(Problem('user', 'there is no user {} on this host'.format(who))) from None
-    if entry.pw_uid == 0:
-        raise HostError(Problem('user', 'user {} is root'.format(entry.pw_name)))
-    return Identity(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, drop)
+class Identity(namedtuple('Identity', 'name uid gid home')):
+    """The account that the conversion runs as."""
 
+    __slots__ = ()
 
-def job_directories(options, identity, inherited):
-    """Return the directories for logs and for the state, as `options` or the identity say.
-
-    `inherited` is the environment (str to str); XDG_STATE_HOME is as in the XDG base directory
-    specification: a relative one does not count.
-    """
-    log_dir, state_dir = VDSM_LOG_DIR, VDSM_STATE_DIR
-    if identity.name != VDSM_USER:
-        base = inherited.get('XDG_STATE_HOME', '')
-        if not os.path.isabs(base):
-            base = os.path.join(identity.home, '.local/state')
-        log_dir = state_dir = os.path.join(base, PROGRAM)
-    return options.log_dir or log_dir, options.state_dir or state_dir
-
-
-def make_first_missing(directory, identity):
-    """As root: make the first missing directory on the way to `directory`, for `identity`.
-
-    Returns its path, None if nothing was made. Only where nobody but root may write can nothing be
-    slipped in between. The account makes the rest itself. Raises HostError.
-    """
-    parts = directory.strip('/').split('/')
-    ancestors = ['/' + '/'.join(parts[:n]) for n in range(1, len(parts) + 1)]
-    missing = next((path for path in ancestors if not os.path.lexists(path)), None)
-    if missing is None:
-        return None
-    try:
-        parent = os.stat(os.path.dirname(missing))
-        if parent.st_uid != 0 or parent.st_mode & 0o022:
-            return None
-        os.mkdir(missing, 0o755)
+    @classmethod
+    def find(cls):
+        """Return vdsm for root, else who we are. Raises HostError."""
+        uid = os.geteuid()
         try:
-            os.chown(missing, identity.uid, identity.gid, follow_symlinks=False)
-        except OSError:
-            os.rmdir(missing)
-            raise
-    except OSError as error:
-        raise HostError(os_problem(missing, error)) from None
-    return missing
+            entry = pwd.getpwuid(uid) if uid else pwd.getpwnam(VDSM_USER)
+        except KeyError:
+            who = 'with ID {}'.format(uid) if uid else VDSM_USER
+            raise HostError(('user', 'there is no user {} on this host'.format(who))) from None
+        if entry.pw_uid == 0:
+            raise HostError(('user', 'user {} is root'.format(entry.pw_name)))
+        return cls(entry.pw_name, entry.pw_uid, uid and os.getegid() or entry.pw_gid, entry.pw_dir)
+
+    def become(self):
+        """Be this account and have no privileges, for good, whoever we are. Raises HostError."""
+        subject = 'cannot become user ' + self.name
+        groups = set(os.getgrouplist(self.name, self.gid) if os.geteuid() == 0
+                     else [self.gid] + [group for group in os.getgroups() if group != 0])
+        with suppress(OSError, KeyError):       # kernels and containers that have no keyrings
+            system_call('syscall', _KEYCTL[os.uname().machine], _KEYCTL_JOIN_SESSION_KEYRING, None)
+        if set(os.getgroups()) - groups and os.geteuid() != 0:
+            raise HostError((subject, 'is in group 0, which only root can leave'))
+        with blaming(subject):
+            if os.geteuid() == 0:
+                os.setgroups(sorted(groups))
+            os.setresgid(self.gid, self.gid, self.gid)
+            os.setresuid(self.uid, self.uid, self.uid)
+            with suppress(OSError):             # kernels before 4.3 have none
+                system_call('prctl', _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+            header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+            system_call('capset', header, (ctypes.c_uint32 * 6)())
+            system_call('prctl', _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            system_call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
+        with blaming('/proc'), open('/proc/self/status') as stream:
+            status = dict(line.rstrip('\n').split(':\t', 1) for line in stream if ':\t' in line)
+        # What the kernel says counts, not that the calls above returned.
+        wanted = {'Uid': {self.uid}, 'Gid': {self.gid}, 'NoNewPrivs': {1}}
+        holds = [set(map(int, status[key].split())) == value for key, value in wanted.items()]
+        holds += [int(status[key], 16) == 0 for key in ('CapInh', 'CapPrm', 'CapEff', 'CapAmb')]
+        holds += [set(map(int, status['Groups'].split())) <= groups]
+        with suppress(PermissionError):
+            os.setuid(0)
+            holds = [False]
+        if not all(holds):
+            raise HostError((subject, 'privileges are left'))
 
 
-def open_private_directory(directory):
-    """Make `directory` if it is missing; return a descriptor of it.
+def open_private_directory(path):
+    """Make directory `path` if it is missing; return a descriptor of it.
 
     Raises HostError if it is not ours alone to write to: whoever can rename what is in it could
     have us write to any file of ours.
     """
     try:
-        os.makedirs(directory, mode=0o755, exist_ok=True)
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        os.makedirs(path, mode=0o755, exist_ok=True)
+    except PermissionError:
+        import grp          # not needed by a start that succeeds
+        import shlex
+        group = os.getegid()
+        with suppress(KeyError):        # a group without a name
+            group = grp.getgrgid(group).gr_name
+        command = 'install -d -o {} -g {} {}'.format(
+            pwd.getpwuid(os.geteuid()).pw_name, group, shlex.quote(as_text(path)))
+        raise HostError((path, 'is missing, and may only be made by root: ' + command)) from None
     except OSError as error:
-        raise HostError(os_problem(directory, error)) from None
+        raise HostError((path, os_text(error))) from None
+    with blaming(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     status = os.fstat(fd)
     if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
         return fd
     os.close(fd)
-    raise HostError(Problem(directory, 'expected a directory that belongs to the user who runs the'
-                                       ' conversion, and that nobody else may write to'))
+    raise HostError((path, 'expected a directory that belongs to the user who runs the conversion,'
+                           ' and that nobody else may write to'))
+
+
+_OCTAL = re.compile(r'\\([0-7]{3})')
+Mount = namedtuple('Mount', 'id parent root point kind source options')
+
+
+def mount_at(path, mounts):
+    """Return the Mount that `path` shows: one that another is mounted over is not to be seen."""
+    on_the_way = [mount for mount in mounts
+                  if (path + '/').startswith(mount.point.rstrip('/') + '/')]
+    known = {mount.id for mount in mounts}
+    # The parent of the first is not listed, or it is its own.
+    inner = [mount for mount in on_the_way
+             if mount.parent not in known or mount.parent == mount.id]
+    while inner:
+        shown = min(inner, key=lambda mount: len(mount.point))
+        inner = [mount for mount in on_the_way if mount.parent == shown.id and mount != shown]
+    return shown
 
 
 def find_nfs_mount(spec, mountinfo):
     """Return where the NFS export `spec` (HOST:/PATH) is mounted, or None.
 
-    `mountinfo` is the text of /proc/self/mountinfo, proc(5). VDSM's own mount is preferred.
+    `mountinfo` is a text as in proc(5). VDSM's own mount is preferred. A mount that is read-only,
+    shows only a part of the export, or is hidden by another does not count.
     """
-    found = []
-    for line in mountinfo.splitlines():
+    mounts = []
+    for line in mountinfo.split('\n'):
         left, _, right = line.partition(' - ')
-        fields, kind = left.split(' '), right.split(' ')
-        if len(fields) < 6 or len(kind) < 2 or kind[0] not in ('nfs', 'nfs4'):
-            continue
-        source, point = (_OCTAL.sub(lambda m: chr(int(m.group(1), 8)), text)
-                         for text in (kind[1], fields[4]))
-        if source.rstrip('/') == spec.rstrip('/'):
-            found.append(point)
+        fields, more = left.split(' '), right.split(' ')
+        if len(fields) >= 6 and len(more) >= 3:
+            root, point, source = (_OCTAL.sub(lambda match: chr(int(match.group(1), 8)), name)
+                                   for name in (fields[3], fields[4], more[1]))
+            mounts.append(Mount(fields[0], fields[1], root, point, more[0], source,
+                                fields[5].split(',') + more[2].split(',')))
+    found = [mount.point for mount in mounts
+             if mount.kind in ('nfs', 'nfs4') and mount.source.rstrip('/') == spec.rstrip('/')
+             and mount.root == '/' and 'ro' not in mount.options
+             and mount_at(mount.point, mounts) is mount]
     preferred = [point for point in found if point.startswith('/rhev/data-center/mnt/')]
     return (preferred or found or [None])[-1]
 
 
-def export_domain_root(directory):
-    """Return the directory named by a UUID in the export domain at `directory`.
+def export_directory(spec):
+    """Return the directory of export domain `spec`, mounted if need be. Raises HostError.
 
-    virt-v2v makes these checks only after the whole conversion (output_rhv.ml). Raises HostError.
+    A mount of our own is in a namespace of our own, so it goes with the last process in it.
+    Propagation is one way: what the host unmounts is unmounted here too.
     """
-    try:
-        uuids = [name for name in os.listdir(directory) if _UUID.fullmatch(name)]
-    except OSError as error:
-        raise HostError(os_problem('export_domain', error)) from None
-    if len(uuids) != 1:
-        raise HostError(Problem('export_domain', 'expected exactly one directory named by a UUID in'
-                                                 ' it, found {}'.format(len(uuids))))
-    root = os.path.join(directory, uuids[0])
-    for path in (root, os.path.join(root, 'images'), os.path.join(root, 'master/vms')):
-        if not os.path.isdir(path):
-            raise HostError(Problem('export_domain', '{} is not a directory; is the domain attached'
-                                                     ' to a data center?'.format(path)))
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise HostError(Problem('export_domain', 'may not write to ' + path))
-    return root
+    subject = 'export_domain'
+    spec = os.fsdecode(spec.encode('utf-8'))    # under LC_ALL=C, Python 3.6 has names in ASCII
+    if spec.startswith('/'):
+        return spec
+    with blaming('/proc'), open('/proc/self/mountinfo', 'rb') as stream:
+        mounted = find_nfs_mount(spec, os.fsdecode(stream.read()))
+    if mounted:
+        return mounted
+    if os.geteuid() != 0:
+        raise HostError((subject, 'is not mounted here, and only root can mount it'))
+    with blaming(subject):
+        os.makedirs(MOUNT_POINT, mode=0o755, exist_ok=True)
+        system_call('unshare', _CLONE_NEWNS)
+        system_call('mount', None, b'/', None, ctypes.c_ulong(_MS_REC_SLAVE), None)
+    status, output = run_program(
+        subject, ['mount', '-t', 'nfs', '-o', 'nosuid,nodev,noexec', '--', spec, MOUNT_POINT],
+        {'PATH': ADMIN_PATH, 'LC_ALL': 'C'}, MOUNT_PATIENCE, stderr=subprocess.STDOUT)
+    if status != 0:
+        said = ' '.join(clean(output).split()) or 'status {}'.format(status)
+        raise HostError((subject, 'could not be mounted: ' + said))
+    return MOUNT_POINT
 
 
-def domain_contents(root):
-    """Return the set of what is in the export domain: paths of images and VMs below `root`."""
-    contents = set()
-    for part in ('images', 'master/vms'):
-        try:
-            names = os.listdir(os.path.join(root, part))
-        except OSError:
-            continue
-        contents.update(os.path.join(part, name) for name in names)
-    return contents
+class ExportDomain:
+    """A directory that holds exactly one named by a UUID, which holds images/ and master/vms/."""
 
+    _UUID_LIKE = re.compile('.{8}-.{4}-.{4}-.{4}-.{12}', re.DOTALL)     # all that virt-v2v asks for
+    _PARTS = ('images', 'master/vms')
 
-def check_vddk_libdir(libdir):
-    """Raise HostError unless the VDDK is in `libdir`: virt-v2v waits 30 s before it says so."""
-    subject = '--vddk-libdir'
-    try:
-        names = os.listdir(os.path.join(libdir, 'lib64'))
-    except OSError as error:
-        raise HostError(os_problem('{} {}/lib64'.format(subject, libdir), error)) from None
-    if not any(name.startswith('libvixDiskLib.so') for name in names):
-        raise HostError(Problem('{} {}'.format(subject, libdir),
-                                'expected lib64/libvixDiskLib.so in it'))
+    def __init__(self, directory):
+        """Check what virt-v2v checks after the conversion (output_rhv.ml). Raises HostError."""
+        subject, self.directory = 'export_domain', directory
+        if ':/' in directory:
+            raise HostError((subject, 'virt-v2v takes a path with ":/" in it for an NFS export'))
+        with blaming(subject):
+            uuids = list(filter(self._UUID_LIKE.fullmatch, os.listdir(directory)))
+        if len(uuids) != 1:
+            raise HostError((subject, 'expected exactly one directory named by a UUID in it, found'
+                                      ' {}'.format(len(uuids))))
+        root = os.path.join(directory, uuids[0])
+        self._parts = [os.path.join(root, part) for part in self._PARTS]
+        for path in [root] + self._parts:
+            if not os.path.isdir(path):
+                raise HostError((subject, '{} is not a directory; is the domain attached to a data'
+                                          ' center?'.format(path)))
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise HostError((subject, 'may not write to ' + path))
+        self._before = self._contents()
 
+    def _contents(self):
+        contents = set()
+        for part in self._parts:
+            with suppress(OSError):
+                contents.update(os.path.join(part, name) for name in os.listdir(part))
+        return contents
 
-def find_virt_v2v(path):
-    """Return virt-v2v on `path` (bytes, as in PATH). Raises HostError."""
-    for directory in path.split(b':'):
-        candidate = os.path.join(directory, b'virt-v2v')
-        if os.path.isabs(candidate) and os.path.isfile(candidate) and os.access(candidate, os.X_OK):
-            return candidate
-    raise HostError(Problem('virt-v2v', 'not found on PATH'))
+    def new(self):
+        """Return the paths of images and VMs that were not there at first, sorted."""
+        return sorted(self._contents() - self._before)
 
 
 # ---------------------------------------------------------------------------------------------
-# Files: exclusive creation, durable replacement, the secret's descriptor, logs
+# Files: exclusive creation, durable replacement, the lock, temporary files
 
 def create_exclusively(name, mode, directory_fd):
     """Create file `name`, which must not exist, to append to. Returns a descriptor."""
@@ -1159,114 +1299,138 @@ def create_exclusively(name, mode, directory_fd):
     return os.open(name, flags, mode, dir_fd=directory_fd)
 
 
-def write_all(fd, data):
-    """Write all of `data`. Raises OSError, whose `written` says how much was written before."""
-    written = 0
-    try:
-        while written < len(data):
-            written += os.write(fd, data[written:] if written else data)
-    except OSError as error:
-        error.written = written
-        raise
+def remove(name, directory_fd):
+    """Remove file `name`, which need not exist. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory_fd)
 
 
-class WrapperLog:
-    """The wrapper's own log, one line for each record. Whatever is wrong with it is ignored.
-
-    Not the module logging: importing that takes longer than all that is done before virt-v2v runs.
-    """
-
-    def __init__(self):
-        self.fd = None
-
-    def info(self, template, *values):
-        """Note what happens."""
-        self._write('INFO', template % values)
-
-    def warning(self, template, *values):
-        """Note what somebody may have to look after."""
-        self._write('WARNING', template % values)
-
-    def error(self, template, *values):
-        """Note what makes the conversion, or the report of it, fail."""
-        self._write('ERROR', template % values)
-
-    def exception(self, text):
-        """Note where the exception being handled came from, but not its text: it may be secret."""
-        kind, error, trace = sys.exc_info()
-        lines = [text + ': ' + (getattr(error, 'strerror', None) or kind.__name__)]
-        try:
-            import traceback
-            lines += traceback.format_tb(trace)
-        except Exception:           # whatever is wrong here, it is no reason to stop either
-            pass
-        self._write('ERROR', '\n'.join(lines))
-
-    def _write(self, level, text):
-        # Line ends are escaped, so that no name can forge a record.
-        text = _UNPRINTABLE.sub(lambda m: m.group().encode('unicode_escape').decode('ascii'), text)
-        line = '{} {} {}\n'.format(timestamp(), level, text)
-        try:
-            write_all(self.fd, line.encode('utf-8', 'backslashreplace'))
-        except (OSError, TypeError):    # a full disk, or no log yet
-            pass
-
-
-LOG = WrapperLog()
+def open_to_read(name, directory_fd):
+    """Open our regular file `name`; nothing else that is there can hang it. Raises OSError."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, 'is not a file of ours')
 
 
 class StateFile:
-    """The state file: replaced as a whole, so that a reader sees the old or the new one."""
+    """The state file of a job, replaced as a whole, and its lock file beside it.
 
-    def __init__(self, directory_fd, name):
-        """Take `name`. Raises FileExistsError if it is taken; OSError."""
-        self._directory = directory_fd
-        self._name = name
+    A job is alive as long as its lock is locked, by a descriptor that guardian and monitor share.
+    The lock file holds the path of the job's temporary directory.
+    """
+
+    def __init__(self, directory, fd, stem):
+        """`directory` is the path, `fd` a descriptor of it; `stem` the name without its ending."""
+        self.directory, self.fd, self.stem = directory, fd, stem
+        self._name, self._lock_name = stem + '.state', stem + '.lock'
         # Nobody else has this name, so what a killed process of this job left there may go.
-        self._temporary = '.{}.{}.tmp'.format(name, os.urandom(4).hex())
+        self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
+        self._lock = self._scratch = None
+
+    @property
+    def path(self):
+        """Where it is."""
+        return os.path.join(self.directory, self._name)
+
+    def take(self, scratch):
+        """Take the name for a new job with temporary directory `scratch` (bytes), and lock it.
+
+        Raises FileExistsError if it is taken; OSError.
+        """
+        if os.path.lexists(self.path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        self._scratch = scratch
         try:
-            self._create_temporary({})
-            os.link(self._temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+            self._create_temporary(scratch, durable=False)
+            # Open for reading, so that the file system can still be made read-only.
+            self._lock = open_to_read(self._temporary, self.fd)
+            # Before it has its name, so that nobody ever sees the lock of a living job unlocked.
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            os.link(self._temporary, self._lock_name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         finally:
-            self._remove_temporary()
+            remove(self._temporary, self.fd)
+
+    def take_over(self):
+        """Lock the lock file of a job that may be dead.
+
+        Returns its temporary directory (bytes), b'' if there is no lock file. Raises
+        BlockingIOError if the job is alive; OSError.
+        """
+        try:
+            self._lock = open_to_read(self._lock_name, self.fd)
+        except FileNotFoundError:
+            return b''
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.read(self._lock, MAX_TEXT)
+
+    def release(self):
+        """Remove the lock file: the job is over. Raises OSError."""
+        remove(self._lock_name, self.fd)
+
+    def close(self):
+        """Unlock what take_over has locked."""
+        if self._lock is not None:
+            os.close(self._lock)
 
     def read(self):
-        """Return the state published last, empty if none was. Raises OSError."""
-        fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._directory)
-        with open(fd, encoding='utf-8') as stream:
-            return json.load(stream, object_pairs_hook=OrderedDict)
-
-    def write(self, document):
-        """Publish `document` durably. Raises OSError; then the file is as it was before."""
-        self._remove_temporary()
+        """Return the state published last, None if there is none. Raises OSError."""
         try:
-            self._create_temporary(document)
-            os.rename(self._temporary, self._name, src_dir_fd=self._directory,
-                      dst_dir_fd=self._directory)
-        except OSError:
-            self._remove_temporary()
-            raise
-        os.fsync(self._directory)
+            with open(open_to_read(self._name, self.fd), 'rb') as stream:
+                state = json.loads(stream.read().decode('utf-8'))
+                return dict(state, disks=list(state['disks']))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            # The host lost its power before a write of mere progress was on the disk.
+            return {'started': True, 'disks': [], 'disk_count': 0}
 
-    def remove(self):
-        """Remove it. Raises OSError."""
-        self._remove_temporary()
-        os.unlink(self._name, dir_fd=self._directory)
+    def write(self, document, durable):
+        """Publish `document`. Raises OSError, HostError; then the file is as it was before.
 
-    def _create_temporary(self, document):
+        If it need not be `durable`, the kernel writes it to the disk when it likes.
+        """
         text = json.dumps(document, indent=2, ensure_ascii=False) + '\n'
-        fd = create_exclusively(self._temporary, 0o644, self._directory)
+        remove(self._temporary, self.fd)
         try:
-            write_all(fd, text.encode('utf-8'))
-            os.fsync(fd)
+            self._create_temporary(text.encode('utf-8', 'backslashreplace'), durable)
+            os.rename(self._temporary, self._name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            with suppress(OSError):
+                remove(self._temporary, self.fd)
+            if isinstance(error, FileNotFoundError):
+                self._open_anew()
+            raise
+        try:
+            if durable:
+                os.fsync(self.fd)
+        except OSError as error:        # it is written all the same
+            LOG.write('WARNING', 'state directory: {}', os_text(error))
+
+    def _create_temporary(self, data, durable):
+        fd = create_exclusively(self._temporary, 0o644, self.fd)
+        try:
+            write_all(fd, data)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
 
-    def _remove_temporary(self):
-        try:
-            os.unlink(self._temporary, dir_fd=self._directory)
-        except FileNotFoundError:
-            pass
+    def _open_anew(self):
+        """The directory was removed: have it back, for the next write."""
+        fd = open_private_directory(self.directory)
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+        with suppress(FileExistsError):
+            self.take(self._scratch)
+
+    def discard(self):
+        """Remove state file and lock, of a job that nobody was told of. Raises OSError."""
+        remove(self._temporary, self.fd)
+        remove(self._name, self.fd)
+        self.release()
 
 
 class OutputLog:
@@ -1282,923 +1446,532 @@ class OutputLog:
             if self._lost:
                 notice = '\n{}: {} bytes are missing here\n'.format(PROGRAM, self._lost)
                 write_all(self._fd, notice.encode('ascii'))
-                LOG.warning('virt-v2v log: works again, %d bytes are missing', self._lost)
+                LOG.write('WARNING', 'virt-v2v log: works again, {} bytes are missing', self._lost)
                 self._lost = 0
             write_all(self._fd, data)
         except OSError as error:
             if not self._lost:
-                LOG.warning('virt-v2v log: %s', error.strerror)
+                LOG.write('WARNING', 'virt-v2v log: {}', os_text(error))
             self._lost += len(data) - (0 if self._lost else error.written)
 
 
-def secret_descriptor(secret):
-    """Return a descriptor of a file in memory, without a name, that holds `secret`."""
-    if hasattr(os, 'memfd_create'):                 # Python 3.8
-        fd = os.memfd_create(PROGRAM)       # novm
-    else:
-        fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
-    os.fchmod(fd, 0o400)
-    write_all(fd, secret.reveal())
-    return fd
+_SCRATCH = re.compile(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}')
 
 
-def make_scratch():
-    """Make a directory for the temporary files of one job and return its path as bytes."""
-    while True:
-        path = os.path.join(SCRATCH_DIR, 'v2v-' + os.urandom(4).hex())
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            continue
-        return os.fsencode(path)
+def cache_directory(scratch):
+    """Return the directory (bytes) for libguestfs' appliance, which only we may write to.
 
-
-def _remove(name, directory_fd):
-    try:
-        try:
-            os.unlink(name, dir_fd=directory_fd)
-        except IsADirectoryError:
-            os.rmdir(name, dir_fd=directory_fd)
-    except OSError as error:
-        LOG.warning('temporary file %s: %s', clean(os.fsencode(name)), error.strerror)
+    Its usual place, /var/tmp/.guestfs-UID, can be taken by any user, and then nothing is converted.
+    """
+    path = os.path.join(TEMPORARY_DIR, 'v2v-cache-{}'.format(os.geteuid()))
+    with suppress(OSError):         # there already, or what follows says so
+        os.mkdir(path, 0o700)
+    with suppress(OSError):
+        status = os.lstat(path)
+        if (stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+                and not status.st_mode & 0o077):
+            return os.fsencode(path)
+    LOG.write('WARNING', '{} is not a directory of ours alone, so the appliance of libguestfs is'
+                         ' built for this job only', path)
+    return scratch
 
 
 def remove_tree(path):
-    """Remove directory `path` and all in it, as far as possible. It need not exist."""
-    try:
-        # As str: Python 3.6 mixes both kinds when it is given bytes.
-        for _, directories, names, directory_fd in os.fwalk(os.fsdecode(path), topdown=False):
-            for name in names + directories:
-                _remove(name, directory_fd)
-        _remove(path, None)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        LOG.warning('temporary files %s: %s', os.fsdecode(path), error.strerror)
+    """Remove directory `path` (bytes) and all in it, as far as possible. It need not exist."""
+    import shutil           # takes as long as half a start, and is needed when all is over
+    # As str: Python 3.6 mixes both kinds when it is given bytes.
+    shutil.rmtree(os.fsdecode(path), ignore_errors=True)
+    if os.path.lexists(path):
+        LOG.write('WARNING', 'temporary files are left in {}', os.fsdecode(path))
 
 
 # ---------------------------------------------------------------------------------------------
-# Processes: privileges, namespaces, forks, signals, the event loop. No JSON, no parsing.
+# Job: what guardian and monitor share
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# All that a job needs; made whole, before the monitor is forked. `secret` is the descriptor of the
+# password, `output` and `messages` are Pipes, `paths` what the caller is told.
+Job = namedtuple('Job', 'request places capability environment secret scratch output messages'
+                        ' output_log state paths')
 
-
-def _system_call(name, *arguments):
-    """Call a function of the C library that returns 0. Raises OSError."""
-    if getattr(_LIBC, name)(*arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, '{}: {}'.format(name, os.strerror(number)))
+_STEM = re.compile('v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?')
 
 
-def _shed_descriptors():
-    """Close what the caller left open; have 0 to 2 taken, so that no other file gets them."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:             # reading from it, or writing to it, goes on to fail
-            os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)
-    for fd in map(int, os.listdir('/proc/self/fd')):
-        if fd > 2:
-            try:
-                os.close(fd)
-            except OSError:         # the one that listdir used
-                pass
+def conclude(job, pid, read_on, document, reason):
+    """End what is left of the job, and publish its end; the one ending of guardian and monitor.
 
-
-def _shed_signals():
-    """Give all signals their default action; but a terminal may hang up before the fork."""
-    for number in range(1, signal.NSIG):
-        if signal.getsignal(number) == signal.SIG_IGN and number not in (
-                signal.SIGPIPE, signal.SIGXFSZ):        # Python ignores these itself
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def shed_inheritance():
-    """Free this process of what its caller left to it, and of core dumps."""
-    _shed_descriptors()
-    _shed_signals()
-    os.umask(0o022)
-    # A limit of 1 byte also keeps core dumps from being piped to a program, which 0 does not
-    # (fs/coredump.c); the hard limit makes it hold for virt-v2v, which has the password too.
-    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    limit = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
-    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
-
-
-def kill_group(pid):
-    """Kill process group `pid`, if anything is left of it."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
-def run_program(argv, environment, patience, stderr):
-    """Run a program that ends by itself; return its status and its output (bytes).
-
-    `stderr` is as for Popen. Raises OSError; subprocess.TimeoutExpired after `patience` seconds,
-    when it has been killed with all that it started.
+    `pid` is virt-v2v's; `read_on` takes in what is left in the pipes; `document` returns the state
+    so far, and may raise OSError; `reason` says why the wrapper ended virt-v2v, None if it did not.
     """
-    child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL,
-                             stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
-    with child:
-        try:
-            output = child.communicate(timeout=patience)[0]
-        except subprocess.TimeoutExpired:
-            kill_group(child.pid)
-            raise
-    return child.returncode, output
-
-
-def mount_export_domain(spec):
-    """As root: mount NFS export `spec` where only this job sees it; return the mount point.
-
-    The mount is in a namespace of our own, so it goes with the last process in it. Propagation is
-    one way: what the host unmounts is unmounted here too. Raises HostError.
-    """
-    try:
-        os.makedirs(MOUNT_POINT, mode=0o755, exist_ok=True)
-        _system_call('unshare', CLONE_NEWNS)
-        _system_call('mount', None, b'/', None, ctypes.c_ulong(MS_REC_SLAVE), None)
-        status, output = run_program(
-            ['mount', '-t', 'nfs', '-o', 'nosuid,nodev,noexec', '--', spec, MOUNT_POINT],
-            {'PATH': ADMIN_PATH, 'LC_ALL': 'C'}, MOUNT_PATIENCE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        raise HostError(os_problem('export_domain', error)) from None
-    except subprocess.TimeoutExpired:
-        raise HostError(Problem('export_domain', 'could not be mounted within {:.0f} s'.format(
-            MOUNT_PATIENCE))) from None
-    if status != 0:
-        said = ' '.join(clean(output).split()) or 'status {}'.format(status)
-        raise HostError(Problem('export_domain', 'could not be mounted: ' + said))
-    return MOUNT_POINT
-
-
-def _clear_capabilities():
-    """Give up all capabilities, the inheritable ones too, which a change of user leaves."""
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-    _system_call('capset', header, (ctypes.c_uint32 * 6)())
-
-
-def _can_get_back():
-    """Say whether this process could still become root or has any capability."""
-    with open('/proc/self/status') as status:
-        sets = re.findall(r'^Cap(?:Inh|Prm|Eff|Amb):\s*([0-9a-f]+)$', status.read(), re.MULTILINE)
-    if not sets or any(int(capabilities, 16) for capabilities in sets):
-        return True
-    try:
-        os.setuid(0)
-    except PermissionError:
-        return False
-    return True
-
-
-def drop_privileges(identity):
-    """Become `identity` for good. Raises HostError if anything is left of root."""
-    groups = set(os.getgrouplist(identity.name, identity.gid))
-    try:
-        os.initgroups(identity.name, identity.gid)
-        os.setresgid(identity.gid, identity.gid, identity.gid)
-        os.setresuid(identity.uid, identity.uid, identity.uid)
-        _clear_capabilities()
-    except OSError as error:
-        raise HostError(os_problem('cannot become user ' + identity.name, error)) from None
-    if (set(os.getresuid()) != {identity.uid} or set(os.getresgid()) != {identity.gid}
-            or not set(os.getgroups()) <= groups or _can_get_back()):
-        raise HostError(Problem('cannot become user ' + identity.name, 'privileges are left'))
-
-
-def release_standard_descriptors():
-    """Point descriptors 0 to 2 to /dev/null, so that a caller who waits for their end goes on."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
-    os.close(null)
-
-
-def fork(child):
-    """Fork; the new process runs `child`, a function that returns an exit status, and ends.
-
-    Returns the process ID. The stop signals stay blocked in the child until it unblocks them.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = child()
-        except Exception:
-            LOG.exception('internal error')
-        finally:
-            os._exit(status)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return pid
-
-
-# What one side of the start has of the two pipes between the caller's process and the job.
-Link = namedtuple('Link', 'reader writer')
-
-
-def detach(guardian):
-    """Start `guardian` as leader of a session of its own, free of the caller's descriptors.
-
-    It is called with a Link; the Link to it is returned.
-    """
-    (answers, answer), (commands, command) = os.pipe(), os.pipe()
-
-    def lead():
-        os.setsid()
-        os.chdir('/')
-        os.close(answers)
-        os.close(command)
-        release_standard_descriptors()
-        return guardian(Link(commands, answer))
-    try:
-        fork(lead)
-    except OSError as error:
-        raise HostError(os_problem('fork', error)) from None
-    os.close(commands)
-    os.close(answer)
-    return Link(answers, command)
-
-
-def share_memory():
-    """Have as little memory as possible, and what there is remain shared with the forks to come.
-
-    What was needed to compile and to import leaves holes that malloc keeps, and the first garbage
-    collection would write to each object.
-    """
-    if hasattr(_LIBC, 'malloc_trim'):   # glibc
-        _LIBC.malloc_trim(0)
-    if hasattr(gc, 'freeze'):           # Python 3.7
-        gc.freeze()     # novm
-
-
-def read_to_end(fd):
-    """Return all that comes until nobody has the other end of `fd` any more."""
-    return b''.join(iter(lambda: os.read(fd, CHUNK), b''))
-
-
-def adopt_orphans():
-    """Become the parent of all descendants whose own parent ends. Raises OSError."""
-    _system_call('prctl', PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _children():
-    """Return the IDs of this process's children.
-
-    The kernel's list of them, proc(5), may miss some while others are reaped; but only we do that.
-    """
-    try:
-        with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
-            return [int(pid) for pid in stream.read().split()]
-    except FileNotFoundError:           # a kernel without CONFIG_PROC_CHILDREN
-        return _children_among_all()
-
-
-def _children_among_all():
-    children = []
-    for name in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            with open('/proc/{}/stat'.format(name), 'rb') as stream:
-                # The name in parentheses may hold anything: proc(5).
-                parent = stream.read().rpartition(b') ')[2].split()[1]
-        except (OSError, IndexError):
-            continue
-        if int(parent) == os.getpid():
-            children.append(int(name))
-    return children
-
-
-def kill_descendants(spared=None):
-    """Kill all children but `spared`, and theirs, which come to us (adopt_orphans), to the last."""
-    for _ in range(1000):               # each round gets at least one, unless they fork faster
-        children = [pid for pid in _children() if pid != spared]
-        if not children:
-            return
-        for pid in children:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (PermissionError, ProcessLookupError, ChildProcessError):
-                continue            # it has become somebody else, or is gone by itself
-
-
-def ending_of(pid):
-    """Return how child `pid` ended, as subprocess has it, or None while it runs.
-
-    The child stays a zombie, so that its ID names nothing else. Raises ChildProcessError.
-    """
-    info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if info is None:
-        return None
-    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-class Pipe:
-    """A pipe whose reading end does not block, and a buffer to read it into."""
-
-    def __init__(self):
-        self._buffer = bytearray(CHUNK)
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
-
-    def enlarge(self):
-        """Ask for a larger buffer. Each user has a limited amount of these (pipe(7))."""
-        try:
-            fcntl.fcntl(self.reader, F_SETPIPE_SZ, PIPE_SIZE)
-        except OSError:
-            pass
-
-    def close_writer(self):
-        """Leave writing to the other processes that have it."""
-        os.close(self.writer)
-
-    def read(self):
-        """Return what is there, at most CHUNK bytes; b'' at the end, None if there is nothing.
-
-        It is a memoryview that is good until the next read.
-        """
-        try:
-            return memoryview(self._buffer)[:os.readv(self.reader, [self._buffer])]
-        except BlockingIOError:
-            return None
-
-    def drain(self):
-        """Yield what is there now, and not what a process that goes on writing adds for ever."""
-        for _ in range(PIPE_SIZE // CHUNK + 1):
-            data = self.read()
-            if not data:
-                return
-            yield data
-
-
-class Loop:
-    """Waits for descriptors and times, and calls back. While nothing happens, it sleeps."""
-
-    def __init__(self):
-        self._selector = selectors.DefaultSelector()
-        self._times = {}
-        self._running = True
-
-    def watch(self, fd, callback):
-        """Call `callback()` whenever `fd` can be read."""
-        self._selector.register(fd, selectors.EVENT_READ, callback)
-
-    def forget(self, fd):
-        """Watch `fd` no longer."""
-        self._selector.unregister(fd)
-
-    def call_later(self, callback, seconds):
-        """Call `callback()` once after `seconds`, unless it is waiting already."""
-        self._times.setdefault(callback, time.monotonic() + seconds)
-
-    def stop(self):
-        """Make run return."""
-        self._running = False
-
-    def run(self):
-        """Call back until one of the callbacks stops it."""
-        self._running = True
-        while self._running:
-            for key, _ in self._selector.select(self._patience()):
-                key.data()
-            now = time.monotonic()
-            for callback in [call for call, when in self._times.items() if when <= now]:
-                del self._times[callback]
-                callback()
-
-    def _patience(self):
-        if not self._times:
-            return None
-        return max(0, min(self._times.values()) - time.monotonic())
-
-
-class Signals:
-    """SIGCHLD and the stop signals, as something to read."""
-
-    def __init__(self):
-        self._pipe = Pipe()
-        self.reader = self._pipe.reader
-        os.set_blocking(self._pipe.writer, False)
-        signal.set_wakeup_fd(self._pipe.writer)
-        for number in (signal.SIGCHLD,) + _STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-
-    def read(self):
-        """Return the numbers of the signals that came."""
-        return {number for numbers in self._pipe.drain() for number in numbers}
-
-
-class Follower:
-    """Follows one child, leader of its process group, to its end, and stops it on request."""
-
-    def __init__(self, loop, signals, pid, pipes):
-        """`pipes`: (Pipe, function called with each piece that is read) for each pipe."""
-        self.stopped_by = None      # why it was told to end
-        self.return_code = None
-        self._loop = loop
-        self._signals = signals
-        self._pid = pid
-        self._pipes = pipes
-        for pipe, consume in pipes:
-            loop.watch(pipe.reader, lambda pipe=pipe, consume=consume: self._read(pipe, consume))
-        loop.watch(signals.reader, self._on_signals)
-
-    def run(self):
-        """Return when the child has ended and all it wrote has been read. It stays a zombie."""
-        self._check_end()
-        if self.return_code is None:
-            self._loop.run()
-        for pipe, consume in self._pipes:
-            for data in pipe.drain():
-                consume(data)
-
-    def stop(self, reason, grace):
-        """Tell the child to end, because of `reason`; kill its group `grace` seconds later."""
-        if self.stopped_by is None and self.return_code is None:
-            LOG.info('stopping virt-v2v: %s', reason)
-            self.stopped_by = reason
-            os.kill(self._pid, signal.SIGTERM)
-            os.kill(self._pid, signal.SIGCONT)      # it may have been paused
-            self._loop.call_later(self._kill, grace)
-
-    def _kill(self):
-        LOG.warning('virt-v2v did not end when it was told to, killing it')
-        kill_group(self._pid)
-
-    def _read(self, pipe, consume):
-        data = pipe.read()
-        if data == b'':
-            self._loop.forget(pipe.reader)
-        elif data is not None:
-            consume(data)
-
-    def _on_signals(self):
-        for number in self._signals.read():
-            if number == signal.SIGCHLD:
-                self._check_end()
-            else:
-                self.stop('the wrapper was told to stop by ' + signal.Signals(number).name,
-                          STOP_GRACE)
-
-    def _check_end(self):
-        self.return_code = ending_of(self._pid)
-        if self.return_code is not None:
-            self._loop.stop()
-
-
-# ---------------------------------------------------------------------------------------------
-# Conversion: puts the rooms above together, in three processes
-
-# What a process of the job needs. `directory` is the export domain, `root` the directory named by
-# a UUID in it, `contents` what is in that before; `environment` is virt-v2v's.
-Job = namedtuple('Job', 'request identity directory root contents libdir virt_v2v environment'
-                        ' scratch output_log state')
-
-# Events that a reader of the state file should see at once.
-_TRANSITIONS = (Phase, Reached, Opened, Error, Guest)
-_READY = b'ready\n'
-_GO = b'go'
-
-
-class Publisher:
-    """Writes the state to its file: transitions at once, mere progress not too often."""
-
-    def __init__(self, loop, state, document):
-        """`document` is a function that returns the state as it is now."""
-        self._loop = loop
-        self._state = state
-        self._document = document
-        self._news = False
-        self._written_at = float('-inf')
-        self._failing = False
-
-    def publish(self, at_once):
-        """Write the state, now if `at_once` or if the last time is long enough ago, else soon."""
-        self._news = True
-        wait = self._written_at + PUBLISH_INTERVAL - time.monotonic()
-        if at_once or wait <= 0:
-            self._write()
-        else:
-            self._loop.call_later(self._write, wait)
-
-    def _write(self):
-        if not self._news:
-            return
-        self._written_at = time.monotonic()
-        try:
-            self._state.write(self._document())
-        except Exception:       # a full disk or a mistake of ours: no reason to lose a conversion
-            if not self._failing:
-                LOG.exception('the state could not be written, trying again')
-            self._failing = True
-            self._loop.call_later(self._write, PUBLISH_RETRY)
-        else:
-            self._news = self._failing = False
-
-
-def publish_ending(state, document):
-    """Write the last state; where that fails, go on trying for FINAL_WRITE_PATIENCE seconds."""
+    stuck = end_descendants(keep=pid)
+    if stuck:
+        LOG.write('WARNING', 'not to be ended: {}', ', '.join(stuck))
+    read_on()           # now nobody writes any more
+    remove_tree(job.scratch)
+    return_code = None
+    with suppress(ChildProcessError):
+        return_code = ending_of(pid)
+    LOG.write('INFO', 'virt-v2v ended with {}', return_code)
     give_up = time.monotonic() + FINAL_WRITE_PATIENCE
-    while True:
+    complain = 0.0
+    while time.monotonic() < give_up:
         try:
-            return state.write(document)
-        except OSError as error:
-            LOG.error('state file: %s; trying again', error.strerror)
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(PUBLISH_RETRY)
+            state = document()
+            if 'finished' not in state:
+                job.state.write(finished_document(state, return_code, reason, stuck), durable=True)
+            break
+        except (OSError, HostError) as error:
+            if time.monotonic() >= complain:
+                LOG.write('ERROR', 'state file: {}; trying again', where(error))
+                complain = time.monotonic() + 60
+        time.sleep(PUBLISH_RETRY)
+    job.state.release()
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)     # not before: until now nobody else could get its ID
+    # Not before: the export domain may be what hangs.
+    if return_code != 0:
+        for path in job.places.domain.new():
+            LOG.write('WARNING', 'new in the export domain since the start, perhaps left by this'
+                                 ' conversion: {}', path)
 
 
-class Monitor:
-    """Runs virt-v2v, follows it, and keeps the state file true."""
-
-    def __init__(self, job, output, messages):
-        """Start virt-v2v and publish that. Raises HostError."""
-        adopt_orphans()     # as the guardian does, which may be killed
-        self._job = job
-        self._messages = messages
-        self._capability = self._ask_virt_v2v()
-        self._parser = OutputParser(self._capability.messages)
-        self._message_parser = MessageParser()
-        self._progress = no_progress(job.request.source_disks)
-        self._mishaps = 0
-        self._return_code = None
-        self._loop = Loop()
-        self._publisher = Publisher(self._loop, job.state, self._document)
-        signals = Signals()
-        self._child = self._execute(output)
-        self._start = Start(self._child.pid, os.getpid(), timestamp())
-        self._follower = Follower(self._loop, signals, self._child.pid,
-                                  ((output, self._on_output), (messages, self._on_messages)))
-        LOG.info('virt-v2v has process ID %d, wrapper %d', self._start.pid, os.getpid())
+def end_dead_jobs(own):
+    """Publish the ending of each job beside StateFile `own` that nobody follows any more."""
+    names = set(os.listdir(own.fd))
+    for name in sorted(names):
+        stem, ending = os.path.splitext(name)
+        if not _STEM.fullmatch(stem) or not (
+                ending == '.lock' or ending == '.state' and stem + '.lock' not in names):
+            continue
+        state_file = StateFile(own.directory, own.fd, stem)
         try:
-            job.state.write(self._document())
-        except OSError as error:
-            raise HostError(os_problem('state file', error)) from None
-
-    def _ask_virt_v2v(self):
-        def ask(option):
-            argv = [self._job.virt_v2v, option.encode('ascii')]
-            try:
-                status, output = run_program(argv, self._job.environment, PROBE_PATIENCE,
-                                             stderr=subprocess.DEVNULL)
-            except OSError as error:
-                raise HostError(os_problem('virt-v2v', error)) from None
-            except subprocess.TimeoutExpired:
-                raise HostError(Problem('virt-v2v', 'does not answer')) from None
-            lines = output.decode('utf-8', 'replace').split()
-            LOG.info('virt-v2v %s: status %d: %s', option, status, ' '.join(lines))
-            return lines if status == 0 else None
-        return capabilities(ask)
-
-    def _execute(self, output):
-        """Start virt-v2v and return its Popen. Raises HostError."""
-        job = self._job
-        secret = secret_descriptor(job.request.vmware_password)
-        argv = [job.virt_v2v] + virt_v2v_arguments(
-            self._capability, job.request, job.directory, job.libdir, secret, self._messages.writer)
-        LOG.info('executing %s', ' '.join(clean(argument) for argument in argv))
-        try:
-            return subprocess.Popen(
-                argv, env=job.environment, stdin=subprocess.DEVNULL, stdout=output.writer,
-                stderr=output.writer, pass_fds=(secret, self._messages.writer),
-                start_new_session=True)
-        except OSError as error:
-            raise HostError(os_problem('virt-v2v', error)) from None
+            _end_if_dead(state_file)
+        except BlockingIOError:
+            pass                    # it is alive
+        except Exception as error:
+            LOG.write('WARNING', '{}: {}', name, where(error))
         finally:
-            os.close(secret)
-            output.close_writer()
-            self._messages.close_writer()
+            state_file.close()
 
-    def run(self, link):
-        """Report through `link` that virt-v2v runs; follow it until all is published."""
-        self._loop.watch(link.reader, lambda: self._on_command(link))
-        try:
-            os.write(link.writer, _READY)
-        except OSError:
-            pass                    # the caller is gone; reading says so too
-        self._follower.run()
-        self._finish(self._follower.return_code)
 
-    def _on_command(self, link):
-        command = os.read(link.reader, len(_GO))
-        self._loop.forget(link.reader)
-        os.close(link.reader)
-        os.close(link.writer)
-        if command != _GO:
-            self._follower.stop('nobody took the paths of this job', STOP_GRACE_UNKNOWN)
+def _end_if_dead(state_file):
+    scratch = state_file.take_over()
+    if _SCRATCH.fullmatch(scratch):
+        # What is left of the job has this in its environment, and nothing else has.
+        for name in filter(str.isdigit, os.listdir('/proc')):
+            with suppress(OSError), open('/proc/{}/environ'.format(name), 'rb') as stream:
+                if b'TMPDIR=' + scratch in stream.read().split(b'\0'):
+                    kill(int(name), signal.SIGKILL)
+        remove_tree(scratch)
+    state = state_file.read()
+    if state and 'finished' not in state:
+        LOG.write('WARNING', 'publishing the ending of a dead job: {}', state_file.path)
+        reason = ('all processes of the wrapper were killed, or the host was restarted; the state'
+                  ' was last written at {}'.format(state.get('updated_at')))
+        state_file.write(finished_document(state, None, reason), durable=True)
+    for name in os.listdir(state_file.fd):
+        if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
+            remove(name, state_file.fd)
+    state_file.release()
+
+
+# ---------------------------------------------------------------------------------------------
+# Monitor: executes virt-v2v, follows it, publishes its end
+
+# Events that a reader of the state file should see at once, and after a power loss.
+_TRANSITIONS = {'phase', 'disk', 'opened', 'vm_id', 'error'}
+
+
+def monitor(job, report, answer):
+    """Be the monitor of `job`. Reports the Facts to the guardian, or problems.
+
+    Returns an exit status: 0 if there is nothing left to do.
+    """
+    os.close(answer.writer)
+    os.close(report.reader)
+    # What loses its parent becomes ours, as it would become the guardian's, which may be killed.
+    system_call('prctl', _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        conversion = Conversion(job)
+    except Exception as error:
+        report.send(problems_of(error))
+        return 1                        # virt-v2v, if it was executed, is killed with us
+    report.send(conversion.facts._asdict())
+    os.close(report.writer)
+    threading.Thread(target=conversion.take_signals, daemon=True).start()
+    # In a thread, because a job waits for no other; killing what is left of one takes its time.
+    threading.Thread(target=end_dead_jobs, args=[job.state], daemon=True).start()
+    conversion.follow()
+    return 0
+
+
+class Conversion:
+    """virt-v2v at work, and what is known of it."""
+
+    def __init__(self, job):
+        """Execute virt-v2v and publish that. Raises HostError."""
+        self._job = job
+        self._parser = Parser(job.capability.messages)
+        self._progress = Progress(job.request.source_disks)
+        self._reason = None             # why virt-v2v was told to end
+        self._mishaps = 0
+        self._news = self._urgent = self._failing = False
+        self._publish_at = 0.0          # not before, unless it is urgent
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._pid = self._execute()
+        self.facts = Facts(self._pid, os.getpid(), job.request.vm_name, job.paths['wrapper_log'],
+                           job.paths['v2v_log'], timestamp())
+        LOG.write('INFO', 'virt-v2v has process ID {}, wrapper {}', self._pid, os.getpid())
+        with blaming('state file'):
+            job.state.write(self._document(), durable=True)
 
     def _document(self):
-        return state_document(self._start, self._progress, self._return_code)
+        return self._progress.document(self.facts)
+
+    def _execute(self):
+        """Start virt-v2v and return its process ID. Raises HostError."""
+        job, monitor_pid = self._job, os.getpid()
+
+        def prepare_child():
+            unblock_signals()
+            system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            if os.getppid() != monitor_pid:
+                os._exit(1)             # the monitor was killed before that call
+        argv = [job.places.virt_v2v] + make_arguments(
+            job.capability, job.request, job.places.domain.directory, job.places.libdir,
+            job.secret, job.messages.writer)
+        LOG.write('INFO', 'executing {}', ' '.join(map(clean, argv)))
+        with blaming('virt-v2v'):
+            child = subprocess.Popen(
+                argv, env=job.environment, stdin=subprocess.DEVNULL, stdout=job.output.writer,
+                stderr=job.output.writer, pass_fds=(job.secret, job.messages.writer),
+                start_new_session=True, preexec_fn=prepare_child)
+        os.close(job.secret)
+        child.returncode = 0            # or Popen would reap it: its ID is ours until the very end
+        return child.pid
+
+    def take_signals(self):
+        """In a thread of its own: no disk that hangs can keep a signal from virt-v2v."""
+        kill_at = None
+        while True:
+            wait = None if kill_at is None else max(0, kill_at - time.monotonic())
+            signals = _STOP_SIGNALS | {signal.SIGCHLD}
+            info = signal.sigwaitinfo(signals) if wait is None else signal.sigtimedwait(
+                signals, wait)
+            if info is None:
+                LOG.write('WARNING', 'virt-v2v did not end when it was told to, killing it')
+                kill(-self._pid, signal.SIGKILL)
+                kill_at = None
+            elif info.si_signo == signal.SIGCHLD:
+                os.write(self._wake_writer, b'.')
+            elif self._reason is None:
+                self._reason = 'the wrapper was told to stop by ' + signal_name(info.si_signo)
+                kill(self._pid, signal.SIGTERM)
+                kill(self._pid, signal.SIGCONT)         # it may have been paused
+                kill_at = time.monotonic() + STOP_GRACE
+                LOG.write('INFO', 'stopping virt-v2v: {}', self._reason)
+
+    def follow(self):
+        """Follow virt-v2v to its end, and publish that."""
+        job = self._job
+        poll = select.poll()
+        for fd in (self._wake_reader, job.output.reader, job.messages.reader):
+            poll.register(fd, select.POLLIN)
+        while ending_of(self._pid) is None:
+            wait = self._publish_at - time.monotonic() if self._news else None
+            ready = dict(poll.poll(wait and max(0, wait) * 1000))
+            if self._wake_reader in ready:
+                os.read(self._wake_reader, CHUNK)
+            elif ready:
+                time.sleep(GATHER_INTERVAL)
+            self._read(4)       # and look at virt-v2v and the clock again
+            self._publish()
+        reason = self._reason           # later signals come too late to be the reason
+        conclude(job, self._pid, self._read_on, self._document, reason)
+
+    def _read(self, rounds):
+        """Take in what virt-v2v has written: at most `rounds` chunks. Says if there may be more."""
+        for _ in range(rounds):
+            output = self._job.output.read()
+            self._job.output_log.write(output)
+            # A message is written before the line of its text: the lines need all that are there.
+            messages = self._job.messages.read()
+            with self._surviving():
+                self._apply(self._parser.messages(messages))
+                self._apply(self._parser.output(output))
+            if not output and not messages:
+                return False
+        return True
+
+    def _read_on(self):
+        while self._read(1):
+            pass
+        with self._surviving():
+            self._apply(self._parser.end())
 
     @contextmanager
     def _surviving(self):
         """A mistake of ours is no reason to lose a conversion: note it and go on."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             self._mishaps += 1
             if self._mishaps <= 10:
-                LOG.exception('internal error, the conversion goes on')
-
-    def _on_output(self, data):
-        self._job.output_log.write(data)
-        # A message is written before the line of the same text, so what was read so far can only
-        # be understood with all messages that are there by now.
-        for messages in self._messages.drain():
-            self._on_messages(messages)
-        with self._surviving():
-            self._apply(self._parser.feed(data))
-
-    def _on_messages(self, data):
-        with self._surviving():
-            events = self._message_parser.feed(data)
-            for event in events:
-                if isinstance(event, Phase):
-                    self._parser.announce(event.text.partition('\n')[0])
-            self._apply(events)
+                LOG.write('ERROR', 'internal error, the conversion goes on: {}', where(error))
 
     def _apply(self, events):
         for event in events:
-            self._progress = fold(self._progress, event)
-            if isinstance(event, Phase):
-                LOG.info('virt-v2v: %s', event.text)
-            elif isinstance(event, (Notice, Error)):
-                LOG.warning('virt-v2v: %s', event.text)
-        if events:
-            self._publisher.publish(any(isinstance(event, _TRANSITIONS) for event in events))
+            self._progress.apply(event)
+            self._news = True
+            self._urgent = self._urgent or event.name in _TRANSITIONS
+            if event.name in ('phase', 'warning', 'error'):
+                LOG.write('INFO' if event.name == 'phase' else 'WARNING', 'virt-v2v: {}',
+                          event.value)
 
-    def _finish(self, return_code):
-        """Publish the end of virt-v2v, clean up behind it, and publish that it is all over."""
-        kill_group(self._child.pid)
-        self._return_code = return_code
-        with self._surviving():
-            self._apply(self._parser.end())
-            self._publisher.publish(at_once=True)
-        self._job.output_log.write(b'')
-        kill_descendants(spared=self._child.pid)
-        with self._surviving():
-            remove_tree(self._job.scratch)
-        message = failure_text(return_code, error_text(self._progress), self._follower.stopped_by)
-        LOG.info('virt-v2v ended with %d: %s', return_code, message or 'success')
-        publish_ending(self._job.state, finished_document(
-            self._document(), Ending(return_code, message, timestamp())))
-        self._child.wait()          # not before: until now nobody else could get its ID
-        if message:
-            log_leftovers(self._job)
-
-
-def log_leftovers(job):
-    """Name in the log what is in the export domain that was not there before."""
-    for path in sorted(domain_contents(job.root) - job.contents):
-        LOG.warning('new in the export domain since the start, perhaps left by this conversion: %s',
-                    os.path.join(job.root, path))
-
-
-def monitor(job, link, output, messages):
-    """Be the monitor. Returns the exit status: 0 if there is nothing left to do."""
-    try:
-        follower = Monitor(job, output, messages)
-    except Exception as error:
-        known = isinstance(error, HostError)
-        report = '\n'.join(map(str, error.problems if known else [internal_problem(error)]))
-        LOG.error('not started: %s', report)
-        write_all(link.writer, report.encode('utf-8', 'backslashreplace'))
-        return 1
-    follower.run(link)
-    return 0
-
-
-def take_over(job, output, messages, reason):
-    """The monitor is gone, because of `reason`: end virt-v2v and publish that."""
-    state = job.state.read()
-    if 'started' not in state or 'finished' in state:
-        return                      # nobody was told of this job, or all is said
-    LOG.error('%s', reason)
-    return_code = None
-    try:
-        ending_of(state['pid'])     # raises unless it is our child now
-        follower = Follower(Loop(), Signals(), state['pid'], (
-            (output, job.output_log.write), (messages, lambda data: None)))
-        follower.stop(reason, STOP_GRACE)
-        follower.run()
-        return_code = follower.return_code
-    except ChildProcessError:
-        LOG.error('virt-v2v is gone')
-    kill_descendants(spared=state['pid'])
-    remove_tree(job.scratch)
-    error = state.get('last_message', {}).get('message')
-    publish_ending(job.state, finished_document(state, Ending(
-        return_code, failure_text(return_code, error, reason), timestamp())))
-    log_leftovers(job)
-
-
-def publish_failure(state, reason):
-    """Publish the end, unless that is done, without anything that may have failed before."""
-    document = state.read()
-    if 'started' not in document or 'finished' in document:
-        return
-    error = document.pop('last_message', {}).get('message')
-    if document.get('return_code') == 0:
-        document['disks'] = [OrderedDict(disk, progress=100) for disk in document['disks']]
-    else:
-        document['failed'] = True
-        _with_message(document, '{} ({})'.format(reason, error) if error else reason)
-    document['updated_at'] = document['finished_at'] = timestamp()
-    document['finished'] = True
-    publish_ending(state, document)
-
-
-def _attempt(step, *arguments):
-    """Do a step; a mistake of ours in it does not keep us from the next one."""
-    try:
-        step(*arguments)
-    except Exception:
-        LOG.exception('internal error')
-
-
-def guard(job, link):
-    """Be the guardian: start the monitor, see to it that its work is ended, leave nothing behind.
-
-    Returns the exit status.
-    """
-    adopt_orphans()
-    share_memory()
-    output, messages = Pipe(), Pipe()
-    output.enlarge()
-    monitor_pid = fork(lambda: monitor(job, link, output, messages))
-    output.close_writer()
-    messages.close_writer()
-    for number in _STOP_SIGNALS:
-        signal.signal(number, lambda number, _: os.kill(monitor_pid, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    end = os.waitid(os.P_PID, monitor_pid, os.WEXITED | os.WNOWAIT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    os.waitpid(monitor_pid, 0)
-    reason = None
-    if end.si_code != os.CLD_EXITED:
-        reason = 'the wrapper was killed by ' + signal_name(end.si_status)
-    elif end.si_status != 0:
-        reason = 'the wrapper failed, see its log'
-    if reason:
-        _attempt(take_over, job, output, messages, reason)
-    _attempt(kill_descendants)
-    _attempt(remove_tree, job.scratch)
-    if reason:
-        _attempt(publish_failure, job.state, reason)
-    return 0
-
-
-def export_directory(spec, identity):
-    """Return the directory of export domain `spec`, mounted if need be. Raises HostError."""
-    spec = os.fsdecode(spec.encode('utf-8'))    # under LC_ALL=C, Python 3.6 has names in ASCII
-    if spec.startswith('/'):
-        return spec
-    with open('/proc/self/mountinfo', 'rb') as stream:
-        mounted = find_nfs_mount(spec, os.fsdecode(stream.read()))
-    if mounted:
-        return mounted
-    if not identity.drop:
-        raise HostError(Problem('export_domain', 'is not mounted here, and only root can mount it'))
-    return mount_export_domain(spec)
-
-
-class Files:
-    """The files of one job, created exclusively under a name that no other job has."""
-
-    def __init__(self, log_dir, log_fd, state_dir, state_fd):
-        """Create them. The descriptors are of the directories. Raises HostError."""
-        self._log_fd = log_fd
-        self._logs = []
-        self._state_fd = state_fd
-        stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
-        for candidate in [stem] + ['{}-{}'.format(stem, n) for n in range(2, 100)]:
-            if self._create(candidate):
-                break
+    def _publish(self):
+        """Write the state if there is news: transitions at once, mere progress not too often."""
+        now = time.monotonic()
+        if not self._news or now < self._publish_at and (self._failing or not self._urgent):
+            return
+        try:
+            self._job.state.write(self._document(), durable=self._urgent)
+        except Exception as error:      # a full disk or a mistake of ours
+            if not self._failing:
+                LOG.write('ERROR', 'the state could not be written, trying again: {}',
+                          where(error))
+            self._failing, self._publish_at = True, now + PUBLISH_RETRY
         else:
-            raise HostError(Problem(log_dir, 'all names for a log are taken'))
-        self.paths = Paths(os.path.join(log_dir, candidate + '-wrapper.log'),
-                           os.path.join(log_dir, candidate + '.log'),
-                           os.path.join(state_dir, candidate + '.state'))
-
-    def _create(self, stem):
-        """Create the files; return False if any of the three names is taken."""
-        self.state = None
-        try:
-            self.wrapper_log = self._create_log(stem + '-wrapper.log')
-            self.v2v_log = self._create_log(stem + '.log')
-            self.state = StateFile(self._state_fd, stem + '.state')
-        except FileExistsError:
-            self.discard()
-            return False
-        except OSError as error:
-            self.discard()
-            raise HostError(os_problem('logs and state file', error)) from None
-        return True
-
-    def _create_log(self, name):
-        fd = create_exclusively(name, 0o640, self._log_fd)
-        self._logs.append(name)
-        return fd
-
-    def discard(self):
-        """Remove all of them, of a job that nobody was told of."""
-        for name in self._logs:
-            os.unlink(name, dir_fd=self._log_fd)
-        self._logs = []
-        if self.state:
-            self.state.remove()
-
-
-def _drop_or_undo(identity, made):
-    """Become `identity`, or remove the directories `made` for it. Raises HostError."""
-    try:
-        drop_privileges(identity)
-    except HostError:
-        for path in filter(None, made):
-            os.rmdir(path)
-        raise
-
-
-def prepare(request, options):
-    """Find out where and as whom to run, become that, and check what there is to check.
-
-    Returns a Job without environment, scratch, output_log and state, and what Files wants.
-    Raises HostError with all problems.
-    """
-    identity = find_identity()
-    problems = []
-
-    def attempt(function, *arguments):
-        try:
-            return function(*arguments)
-        except HostError as error:
-            problems.extend(error.problems)
-            return None
-
-    log_dir, state_dir = job_directories(options, identity, os.environ)
-    directory = attempt(export_directory, request.export_domain, identity)
-    if identity.drop:
-        made = [attempt(make_first_missing, path, identity) for path in (log_dir, state_dir)]
-        _drop_or_undo(identity, made)
-    root = attempt(export_domain_root, directory) if directory else None
-    libdir = options.vddk_libdir or VDDK_LIBDIR
-    attempt(check_vddk_libdir, libdir)
-    virt_v2v = attempt(find_virt_v2v, os.environb.get(b'PATH', os.fsencode(ADMIN_PATH)))
-    log_fd, state_fd = (attempt(open_private_directory, path) for path in (log_dir, state_dir))
-    if problems:
-        raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
-    job = Job(request, identity, directory, root, domain_contents(root), libdir, virt_v2v,
-              None, None, None, None)
-    return job, (log_dir, log_fd, state_dir, state_fd)
-
-
-def begin(request, options):
-    """Start the job. Returns its Paths and the Link to confirm or stop it by.
-
-    Raises HostError; then nothing is left of the job.
-    """
-    job, places = prepare(request, options)
-    files = Files(*places)
-    scratch = None
-    try:
-        LOG.fd = files.wrapper_log
-        LOG.info('%s %s, Python %s, as user %s', PROGRAM, VERSION, sys.version.split()[0],
-                 job.identity.name)
-        LOG.info('request: %s', request)
-        scratch = make_scratch()
-        LOG.info('temporary files in %s', os.fsdecode(scratch))
-        environment = virt_v2v_environment(os.environb, job.identity, scratch)
-        job = job._replace(environment=environment, scratch=scratch, state=files.state,
-                           output_log=OutputLog(files.v2v_log))
-        link = detach(lambda link: guard(job, link))
-        answer = _answer(link)
-        if answer != _READY:
-            raise HostError(*(answer.decode('utf-8', 'replace').splitlines()
-                              or [Problem('wrapper', 'ended before virt-v2v was started')]))
-    except BaseException:
-        files.discard()
-        if scratch:
-            remove_tree(scratch)
-        raise
-    return files.paths, link
-
-
-def _answer(link):
-    """Return what the job says of itself: _READY, or problems, and then it is over."""
-    answer = os.read(link.reader, len(_READY))
-    return answer if answer == _READY else answer + read_to_end(link.reader)
+            self._news = self._urgent = self._failing = False
+            self._publish_at = now + PUBLISH_INTERVAL
 
 
 # ---------------------------------------------------------------------------------------------
-# Main: arguments, order, what is printed, exit status
+# Guardian: prepares the job, and ends it if the monitor is killed
+
+def guard(request, options, identity, directory, problems, answer):
+    """Be the guardian. Answers with the paths, or with problems. Returns an exit status.
+
+    `directory` is the export domain, None where finding it ended with `problems`.
+    """
+    os.setsid()
+    os.chdir('/')
+    os.close(answer.reader)
+    try:
+        with blaming(os.devnull):
+            null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):             # a caller who waits for their end goes on
+            os.dup2(null, fd)
+        system_call('prctl', _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        report = Channel()
+        with ExitStack() as undo:
+            with interruptible():
+                places = check_host(options, identity, directory, problems, answer)
+                job = prepare(undo, request, identity, places, answer)
+            with blaming('fork'):
+                monitor_pid = fork(lambda: monitor(job, report, answer))
+            undo.callback(end_descendants)
+            os.close(report.writer)
+            os.close(job.secret)
+            facts = Facts(**expect_success(report.receive()))
+            undo.pop_all()
+    except Exception as error:
+        with suppress(OSError):
+            answer.send(problems_of(error))
+        return 1
+    try:
+        answer.send(job.paths)
+    except OSError:
+        kill(monitor_pid, signal.SIGTERM)       # the launcher is gone: nobody knows of this job
+    os.close(answer.writer)
+    while ending_of(monitor_pid) is None:
+        number = signal.sigwait(_STOP_SIGNALS | {signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            kill(monitor_pid, number)           # which tells virt-v2v
+    status = ending_of(monitor_pid)
+    os.waitpid(monitor_pid, 0)
+    if status != 0:
+        take_over(job, facts, status)
+    return 0
+
+
+# What check_host has found: `virt_v2v` is a path (bytes), the directories are (path, descriptor).
+Places = namedtuple('Places', 'domain libdir virt_v2v log_dir state_dir')
+
+
+def check_host(options, identity, directory, problems, answer):
+    """Find and check all that virt-v2v would miss only after half an hour. Returns Places.
+
+    Raises HostError with all problems, which begin with `problems`.
+    """
+    problems, found = list(problems), []
+
+    @contextmanager
+    def looking_at(subject):
+        answer.send(subject)            # in case it does not answer
+        try:
+            yield
+        except HostError as error:
+            problems.extend(error.problems)
+
+    if directory:
+        with looking_at('export_domain'):
+            found.append(ExportDomain(directory))
+    libdir = options.vddk_libdir or VDDK_LIBDIR
+    subject = '--vddk-libdir ' + as_text(libdir)
+    with looking_at(subject):
+        with blaming(subject + '/lib64'):
+            names = os.listdir(os.path.join(libdir, 'lib64'))
+        if not any(name.startswith('libvixDiskLib.so') for name in names):
+            raise HostError((subject, 'expected lib64/libvixDiskLib.so in it'))
+    found.append(libdir)
+    with looking_at('virt-v2v'):
+        candidates = [os.path.join(place, b'virt-v2v') for place in os.environb.get(
+            b'PATH', os.fsencode(ADMIN_PATH)).split(b':')]
+        programs = [path for path in candidates if os.path.isabs(path) and os.path.isfile(path)
+                    and os.access(path, os.X_OK)]
+        found += programs[:1]
+        if not programs:
+            raise HostError(('virt-v2v', 'not found on PATH'))
+    log_dir, state_dir = VDSM_LOG_DIR, VDSM_STATE_DIR
+    if identity.name != VDSM_USER:
+        base = os.environ.get('XDG_STATE_HOME', '')         # a relative one does not count
+        base = base if os.path.isabs(base) else os.path.join(identity.home, '.local/state')
+        log_dir = state_dir = os.path.join(base, PROGRAM)
+    for path in (options.log_dir or log_dir, options.state_dir or state_dir):
+        with looking_at(as_text(path)):
+            found.append((path, open_private_directory(path)))
+    if problems:
+        raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
+    return Places(*found)
+
+
+def prepare(undo, request, identity, places, answer):
+    """Make the files, and ask virt-v2v what it can do. Returns a Job.
+
+    What is made is unmade by `undo`, an ExitStack. Raises HostError.
+    """
+    answer.send('logs and state file')
+    scratch = os.path.join(TEMPORARY_DIR, 'v2v-' + os.urandom(4).hex())
+    with blaming(scratch):
+        os.mkdir(scratch, 0o700)
+    scratch = os.fsencode(scratch)
+    undo.callback(remove_tree, scratch)
+    state, logs, paths = create_files(undo, scratch, places)
+    LOG.fd = logs[0]
+    LOG.write('INFO', '{} {}, Python {}, as user {}, temporary files in {}', PROGRAM, VERSION,
+              sys.version.split()[0], identity.name, os.fsdecode(scratch))
+    LOG.write('INFO', 'request: {}', request)
+    answer.send('virt-v2v')
+    environment = make_environment(os.environb, identity, scratch, cache_directory(scratch))
+
+    def ask(option):
+        status, output = run_program(
+            'virt-v2v', [places.virt_v2v, option.encode('ascii')], environment, PROBE_PATIENCE,
+            stderr=subprocess.DEVNULL)
+        lines = output.decode('utf-8', 'replace').split()
+        LOG.write('INFO', 'virt-v2v {}: status {}: {}', option, status, ' '.join(lines))
+        return lines if status == 0 else None
+    return Job(request=request, places=places, capability=capabilities(ask),
+               environment=environment, secret=request.vmware_password.to_descriptor(),
+               scratch=scratch, output=Pipe(), messages=Pipe(), output_log=OutputLog(logs[1]),
+               state=state, paths=paths)
+
+
+def create_files(undo, scratch, places):
+    """Create both logs and the lock under a name that no other job has.
+
+    Returns the StateFile, the descriptors of both logs, and the paths as the caller is told them.
+    Raises HostError.
+    """
+    (log_dir, log_fd), (state_dir, state_fd) = places.log_dir, places.state_dir
+    stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
+    for name in [stem] + ['{}-{}'.format(stem, number) for number in range(2, 100)]:
+        state, logs = StateFile(state_dir, state_fd, name), (name + '-wrapper.log', name + '.log')
+        with ExitStack() as made, blaming('logs and state file'):
+            try:
+                state.take(scratch)
+                made.callback(state.discard)
+                descriptors = []
+                for log in logs:
+                    descriptors.append(create_exclusively(log, 0o640, log_fd))
+                    made.callback(remove, log, log_fd)
+            except FileExistsError:
+                continue
+            undo.callback(made.pop_all().close)
+        paths = [os.path.join(log_dir, log) for log in logs] + [state.path]
+        keys = ('wrapper_log', 'v2v_log', 'state_file')
+        return state, descriptors, dict(zip(keys, map(as_text, paths)))
+    raise HostError((log_dir, 'all names for a job are taken'))
+
+
+def take_over(job, facts, status):
+    """The monitor was killed, or failed: end the job."""
+    reason = 'the wrapper failed, see its log'
+    if status < 0:
+        reason = 'the wrapper was killed by ' + signal_name(-status)
+    LOG.write('ERROR', '{}', reason)
+
+    def document():
+        return job.state.read() or Progress(job.request.source_disks).document(facts)
+
+    def read_on():
+        for data in iter(job.output.read, b''):
+            job.output_log.write(data)
+    conclude(job, facts.pid, read_on, document, reason)
+
+
+# ---------------------------------------------------------------------------------------------
+# Launcher: what only root, or only the caller's own process, can do
+
+def launch(request, options):
+    """Start the job. Returns what the caller is told, a dict, and the guardian's process ID.
+
+    Raises WrapperError; then nothing is left of the job.
+    """
+    identity = Identity.find()
+    directory, problems = None, ()
+    try:
+        directory = export_directory(request.export_domain)
+    except HostError as error:
+        problems = error.problems       # the guardian adds what else is wrong
+    identity.become()
+    answer = Channel()
+    with blaming('fork'):
+        guardian_pid = fork(lambda: guard(request, options, identity, directory, problems, answer))
+    os.close(answer.writer)
+    give_up = time.monotonic() + START_PATIENCE
+    looking_at = told = 'wrapper'
+    try:
+        with interruptible():
+            while isinstance(told, str):
+                looking_at, told = told, answer.receive(give_up)
+    except KeyboardInterrupt:
+        end_guardian(guardian_pid, END_PATIENCE)
+        raise HostError(('start', 'interrupted by a signal')) from None
+    except TimeoutError:
+        end_guardian(guardian_pid, PRINT_PATIENCE)
+        raise HostError((looking_at, 'does not answer')) from None
+    if told is None:
+        # The guardian was killed. Where there is a monitor, it is in the guardian's group.
+        kill(-guardian_pid, signal.SIGTERM)
+    return expect_success(told), guardian_pid
+
+
+def end_guardian(pid, patience):
+    """Have the guardian end the job, and wait for that; kill it if it has not gone in time."""
+    kill(pid, signal.SIGTERM)
+    give_up = time.monotonic() + patience
+    while ending_of(pid) is None:
+        if time.monotonic() > give_up:
+            return kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Main: arguments, what is printed, exit status
+
+# The directories the caller chose, None where he did not.
+Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
 
 _DESCRIPTION = """\
 Start the conversion of a VMware guest for oVirt with virt-v2v. The request is a JSON object on
@@ -2208,39 +1981,34 @@ key "finished", and has failed if it has the key "failed".
 """
 _EPILOG = """\
 keys of the request:
-  vm_name             name of the guest
-  vmware_uri          libvirt URI, esx://USER@HOST... or vpx://USER@HOST..., without a password
-  vmware_password     password for it
-  vmware_fingerprint  thumbprint of the server's certificate, as SHA-1 or SHA-256
-  transport_method    "vddk"
-  export_domain       HOST:/PATH, or a directory
-  output_format       "raw" (default) or "qcow2"
-  source_disks        optional: list of the guest's disks, such as "[datastore] vm/vm.vmdk"
+{}
 
 exit status: 0 started, 1 this host cannot do it, 2 the request or the usage is wrong
-"""
-
-
-def directory(value):
-    """Return the absolute path for the value of an option. Raises ValueError."""
-    path = os.path.abspath(value)
-    if not value or _UNPRINTABLE.search(as_text(path)):
-        raise ValueError
-    return path
+""".format('\n'.join('  {:20}{}{}'.format(
+    key, '' if default is _MANDATORY else 'optional: ', expected)
+                     for key, default, _, expected in _RULES))
 
 
 def parse_arguments(arguments):
-    """Return the Options in `arguments`. Raises UsageError; --help and --version exit."""
+    """Return the Options in `arguments`. Raises WrapperError; --help and --version exit."""
     if not arguments:
         return Options(None, None, None)
     import argparse         # costs a tenth of a start, and hardly any has arguments
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(Problem('usage', clean(message) + '; see --help'))
+    def directory(value):
+        with blaming('working directory'):
+            path = os.path.abspath(value)
+        if not value or _UNPRINTABLE.search(as_text(path)):
+            raise ValueError
+        return path
 
-    parser = Parser(prog=PROGRAM + '.py', description=_DESCRIPTION, epilog=_EPILOG,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    class ArgumentParser(argparse.ArgumentParser):
+        def error(self, message):
+            raise RequestError(('usage', clean(message) + '; see --help'))
+
+    parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION, epilog=_EPILOG,
+                            formatter_class=argparse.RawDescriptionHelpFormatter,
+                            allow_abbrev=False)
     parser.add_argument('--version', action='version', version='{} {}'.format(PROGRAM, VERSION))
     for option, purpose in (('log-dir', 'for both logs'), ('state-dir', 'for the state file'),
                             ('vddk-libdir', 'of the VDDK, default ' + VDDK_LIBDIR)):
@@ -2261,43 +2029,27 @@ def print_line(fd, text):
         data = data[os.write(fd, data[:select.PIPE_BUF]):]
 
 
-def hand_over(paths, link):
-    """Give the caller the paths, and the job the word to go on. Raises HostError."""
-    try:
-        print_line(1, json.dumps({key: as_text(path) for key, path in paths._asdict().items()}))
-    except OSError as error:
-        os.close(link.writer)
-        read_to_end(link.reader)    # until the last process of the job is gone
-        raise HostError(os_problem('standard output', error),
-                        Problem('standard output', 'the conversion was stopped')) from None
-    try:
-        os.write(link.writer, _GO)
-    except OSError:
-        pass                        # the job is over already, and its state says how
-
-
 def main(arguments=None):
     """Do what the command does; return its exit status."""
     try:
         shed_inheritance()
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        hand_over(*begin(read_request(0), options))
-        return EXIT_STARTED
-    except WrapperError as error:
-        problems, status = error.problems, error.status
-    except Exception as error:
-        problems, status = [internal_problem(error)], EXIT_HOST
-    for problem in problems:
+        paths, guardian_pid = launch(read_request(0), options)
         try:
-            print_line(2, '{}: error: {}'.format(PROGRAM, problem))
-        except OSError:
-            break
-    return status
+            print_line(1, json.dumps(paths))
+        except OSError as error:
+            end_guardian(guardian_pid, STOP_GRACE + END_PATIENCE)
+            raise HostError(('standard output', os_text(error)),
+                            ('standard output', 'the conversion was stopped')) from None
+        return EXIT_STARTED
+    except Exception as error:
+        status = getattr(error, 'status', EXIT_HOST)
+        with suppress(OSError):
+            for problem in problems_of(error):
+                print_line(2, '{}: error: {}: {}'.format(PROGRAM, *problem))
+        return status
 
 
 if __name__ == '__main__':
-    # Python keeps the syntax tree of a main script, a quarter of all memory, until the script has
-    # ended (pyrun_file in pythonrun.c). So it ends here, with an exception that main deals with.
-    # After main there is nothing left to do, and a tidy end would take as long again.
-    sys.excepthook = lambda *_: os._exit(main())
-    raise Exception('end of the script')
+    # All is done, and a tidy end of Python would take as long again.
+    os._exit(main())

@@ -67,7 +67,7 @@ class Rig:
 
     def command(self):
         """Return the command that starts the script."""
-        return [PYTHON, '-I', self._wrapper.script] + self._wrapper.arguments
+        return [PYTHON, '-IS', self._wrapper.script] + self._wrapper.arguments
 
     # --- virt-v2v ------------------------------------------------------------------------
 

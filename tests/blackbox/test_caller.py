@@ -19,6 +19,7 @@ import termios
 import pytest
 
 import blackbox
+import hidden
 import processes
 from eventually import eventually
 from faults import guardian, tamper
@@ -410,6 +411,7 @@ def job_processes(job):
 
 
 def test_no_descriptor_of_the_caller_gets_into_the_job(waiting):
+    hidden.allow_looking_into(waiting)
     leak = os.path.join(waiting.directory, 'leak')
 
     def open_more():
@@ -440,6 +442,7 @@ def test_virt_v2v_has_no_descriptor_but_those_it_needs(waiting):
 
 def test_the_job_is_not_where_its_caller_was(waiting):
     """So that the file system can be unmounted."""
+    hidden.allow_looking_into(waiting)
     job = waiting.start(cwd=waiting.directory)
     directories = {os.readlink('/proc/%d/cwd' % process) for process in job_processes(job)}
     assert_succeeds(waiting)

@@ -1,10 +1,9 @@
 """Files and directories: ours alone, under names of their own, with exact modes."""
+import grp
 import json
 import os
-import re
 import stat
 import subprocess
-import time
 
 import pytest
 
@@ -15,7 +14,7 @@ from virt_v2v import copying, phase, reach, wait
 
 pytestmark = pytest.mark.promise(9)
 
-SUFFIXES = ('{}.log', '{}-wrapper.log', '{}.state', '.{}.state.tmp')
+ENDINGS = {'v2v_log': '.log', 'wrapper_log': '-wrapper.log', 'state': '.state', 'lock': '.lock'}
 FOREIGN_TEXT = ('expected a directory that belongs to the user who runs the conversion, and that'
                 ' nobody else may write to')
 VICTIM = 'what was there before\n'
@@ -83,13 +82,6 @@ def remove(path):
 OBSTACLES = [symlink, dangling_symlink, fifo, hard_link, file_of_the_caller_s, directory]
 
 
-def stems(seconds=30):
-    """Return the names that this process would give to its files from now on."""
-    now = time.time()
-    times = [time.strftime('%Y%m%dT%H%M%S', time.gmtime(now + n)) for n in range(seconds)]
-    return ['v2v-import-{}-{}'.format(when, os.getpid()) for when in times]
-
-
 def make_directories(wrapper):
     """Make the wrapper's directories, as it would."""
     for path in (wrapper.log_dir, wrapper.state_dir):
@@ -97,58 +89,77 @@ def make_directories(wrapper):
         os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
 
 
-def in_the_way(wrapper, pattern, put):
-    """Return a function for the wrapper's new process: put things where its files would be."""
-    place = wrapper.state_dir if 'state' in pattern else wrapper.log_dir
-
-    def prepare():
-        for stem in stems():
-            put(os.path.join(place, pattern.format(stem)))
-    return prepare
+# Each start takes the time and the process ID for the same; so do two starts after the clock was
+# set back, or with process IDs of their own in two containers.
+SAME_NAME = """\
+real_getpid, real_gmtime = os.getpid, module.time.gmtime
 
 
-def fingerprints(directory):
-    """Return {path: fingerprint} of all that is in a directory."""
-    paths = [os.path.join(directory, name) for name in os.listdir(directory)]
-    return {path: fingerprint(path) for path in paths}
+def create_files(*arguments, real=module.create_files):
+    os.getpid = lambda: 4242
+    module.time.gmtime = lambda *_: real_gmtime(1000000000)
+    try:
+        return real(*arguments)
+    finally:
+        os.getpid, module.time.gmtime = real_getpid, real_gmtime
+
+
+module.create_files = create_files
+"""
+STEM = 'v2v-import-20010909T014640-4242'
+
+# The job looks for dead ones beside it, and does not wait for that when it ends.
+SEARCHED = """\
+def end_dead_jobs(own, real=module.end_dead_jobs):
+    real(own)
+    open({mark!r}, 'w').close()
+
+
+module.end_dead_jobs = end_dead_jobs
+"""
+
+
+def convert_beside(wrapper, kind, put):
+    """Have something in the place of a file of the first name; return (its path, a job).
+
+    The job is over, and has looked for dead jobs.
+    """
+    make_directories(wrapper)
+    path = os.path.join(wrapper.log_dir if kind.endswith('log') else wrapper.state_dir,
+                        STEM + ENDINGS[kind])
+    put(path)
+    before = fingerprint(path)
+    mark = os.path.join(wrapper.home, 'searched')
+    tamper(wrapper, SAME_NAME + SEARCHED.format(mark=mark))
+    wrapper.virt_v2v.play(wait('end'))
+    job = wrapper.start()
+    assert (job.status, job.stderr) == (0, b'')
+    eventually(lambda: os.path.exists(mark), 'dead jobs were looked for')
+    wrapper.virt_v2v.let('end')
+    assert 'failed' not in job.wait_finished()
+    wrapper.wait_gone()
+    return path, before, job
 
 
 @pytest.mark.parametrize('obstacle', OBSTACLES)
-@pytest.mark.parametrize('pattern', SUFFIXES, ids=['v2v_log', 'wrapper_log', 'state', 'temporary'])
-def test_what_is_in_the_place_of_a_file_stays_as_it_is(wrapper, victim, pattern, obstacle):
-    """It was put there under the very names that this process will choose first."""
-    make_directories(wrapper)
-    before = {}
-    listing = os.path.join(wrapper.directory, 'listing')
-
-    def prepare():
-        in_the_way(wrapper, pattern, lambda path: obstacle(path, victim))()
-        found = dict(fingerprints(wrapper.log_dir), **fingerprints(wrapper.state_dir))
-        with open(listing, 'w') as stream:
-            json.dump(found, stream)
-    job = wrapper.start(prepare=prepare)
-    state = job.wait_finished()
-    assert 'failed' not in state
-    with open(listing) as stream:
-        before = json.load(stream)
-    assert len(before) == 30
-    assert {path: fingerprint(path) for path in before} == before
-    assert not set(job.paths) & set(before)
-    with open(victim) as stream:
-        assert stream.read() == VICTIM
+@pytest.mark.parametrize('kind', sorted(ENDINGS))
+def test_what_is_in_the_place_of_a_file_stays_as_it_is(wrapper, victim, kind, obstacle):
+    path, before, job = convert_beside(wrapper, kind, lambda path: obstacle(path, victim))
+    assert path not in job.paths
+    assert open_and_read(victim) == VICTIM
     assert not os.path.lexists(victim + '.missing')
-    for path in before:     # whoever looks at the logs afterwards would wait for the FIFO
-        remove(path)
+    # A state or lock that is a file of the job's own user is one of a dead job, which is ended.
+    if kind.endswith('log') or before[0] != stat.S_IFREG or before[3] != wrapper.user.pw_uid:
+        assert fingerprint(path) == before
+        remove(path)        # whoever looks at the logs afterwards would wait for the FIFO
 
 
-@pytest.mark.parametrize('pattern', SUFFIXES, ids=['v2v_log', 'wrapper_log', 'state', 'temporary'])
-def test_when_a_name_is_taken_only_files_of_the_next_are_made(wrapper, victim, pattern):
-    make_directories(wrapper)
-    job = wrapper.start(prepare=in_the_way(wrapper, pattern, lambda path: symlink(path, victim)))
-    job.wait_finished()
-    made = [name for name in os.listdir(wrapper.log_dir) + os.listdir(wrapper.state_dir)
-            if not re.fullmatch(pattern.format(r'v2v-import-\w+-\w+'), name)]
-    assert sorted(made) == sorted(os.path.basename(path) for path in job.paths)
+@pytest.mark.parametrize('kind', sorted(ENDINGS))
+def test_when_a_name_is_taken_only_files_of_the_next_are_made(wrapper, victim, kind):
+    path, _, job = convert_beside(wrapper, kind, lambda path: symlink(path, victim))
+    found = os.listdir(wrapper.log_dir) + os.listdir(wrapper.state_dir)
+    assert sorted(found) == sorted(os.path.basename(name) for name in job.paths + (path,))
+    assert job.paths.state_file.endswith(STEM + '-2.state')
 
 
 # --- something in the place of a directory -----------------------------------------------
@@ -218,7 +229,6 @@ def test_a_directory_of_somebody_else_is_refused(wrapper, place, owner):
 
 @pytest.mark.parametrize('place', PLACES)
 def test_root_makes_nothing_where_a_dangling_symlink_points_to(root_wrapper, place):
-    """Root makes the first missing directory for vdsm, in a directory that is root's alone."""
     ours = os.path.join(root_wrapper.directory, 'ours')
     path = os.path.join(root_wrapper.directory, 'link')
     os.symlink(ours, path)
@@ -239,41 +249,55 @@ def test_root_gives_nothing_away_that_was_there_before(root_wrapper):
     assert os.listdir(path) == []
 
 
-@pytest.mark.parametrize('owner, group, bits', [(12345, 12345, 0o755), (0, 12345, 0o1775)])
-def test_root_makes_no_files_where_others_may_write(root_wrapper, owner, group, bits):
-    """There it could be exchanged for another one before it changes hands."""
-    shared = os.path.join(root_wrapper.directory, 'shared')
+@pytest.mark.parametrize('owner, group, bits', [
+    (0, 0, 0o755), (12345, 12345, 0o755), (0, 12345, 0o1775)])
+def test_root_makes_no_directory_where_vdsm_may_not(root_wrapper, owner, group, bits):
+    """The command that makes it is named."""
+    shared = os.path.join(root_wrapper.directory, 'a b')
     os.mkdir(shared)
     os.chown(shared, owner, group)
     os.chmod(shared, bits)
     path = os.path.join(shared, 'log')
     job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
-    assert (job.status, job.stderr) == (1, error_line(path + ': Permission denied'))
+    assert job.status == 1
+    assert job.stderr == error_line("{0}: is missing, and may only be made by root: install -d"
+                                    " -o vdsm -g {1} '{0}'".format(path, group_of(root_wrapper)))
     assert os.listdir(shared) == []
+
+
+def group_of(wrapper):
+    """Return the name of the group of the user that a wrapper runs as."""
+    return grp.getgrgid(wrapper.user.pw_gid).gr_name
+
+
+def test_the_command_that_is_named_makes_the_directory(root_wrapper):
+    path = os.path.join(root_wrapper.directory, "it's a", 'log')
+    arguments = ['--log-dir', path] + root_wrapper.arguments[2:]
+    said = root_wrapper.start(None, *arguments).stderr.decode()
+    subprocess.check_call(said.partition('by root: ')[2], shell=True)
+    job = root_wrapper.start(None, *arguments)
+    assert (job.status, job.stderr) == (0, b'')
+    job.wait_finished()
 
 
 # --- the directory for temporary files ---------------------------------------------------
 
-SCRATCH = """\
-names = [b'same', b'same', b'else']
-module.os.urandom = lambda count: names.pop(0)
-module.SCRATCH_DIR = {home!r}
+TEMPORARY = """\
+module.os.urandom = lambda count: b'same'
+module.TEMPORARY_DIR = {home!r}
 """
 TAKEN = 'v2v-' + b'same'.hex()
 
 
 @pytest.mark.parametrize('obstacle', OBSTACLES)
 def test_what_is_in_the_place_of_temporary_files_stays(wrapper, victim, obstacle):
-    tamper(wrapper, SCRATCH.format(home=wrapper.home))
+    tamper(wrapper, TEMPORARY.format(home=wrapper.home))
     path = os.path.join(wrapper.home, TAKEN)
     obstacle(path, victim)
     before = fingerprint(path)
-    wrapper.start().wait_finished()
-    wrapper.wait_gone()
-    assert wrapper.recorded().environment[b'TMPDIR'].endswith(b'else'.hex().encode())
+    assert_refused(wrapper, path + ': File exists')
     assert fingerprint(path) == before
-    with open(victim) as stream:
-        assert stream.read() == VICTIM
+    assert open_and_read(victim) == VICTIM
 
 
 # What virt-v2v could leave in there, and what that points to must stay.
@@ -291,9 +315,8 @@ echo "$TMPDIR" > "$HOME/../where"
 def test_what_temporary_links_point_to_stays(wrapper, victim):
     with open(os.path.join(wrapper.directory, 'where'), 'w'):
         os.chmod(os.path.join(wrapper.directory, 'where'), 0o666)
-    identity_home = 'real = module.find_identity\n' \
-                    'module.find_identity = lambda: real()._replace(home=%r)\n' % wrapper.home
-    tamper(wrapper, identity_home)
+    tamper(wrapper, 'real = module.Identity.find\n'
+                    'module.Identity.find = lambda: real()._replace(home=%r)\n' % wrapper.home)
     os.rename(wrapper.virt_v2v.bin, wrapper.virt_v2v.bin + '.real')
     os.mkdir(wrapper.virt_v2v.bin, 0o755)
     wrapper.add_program('virt-v2v', LEFT)
@@ -315,16 +338,17 @@ def test_modes_are_exact_under_any_umask(wrapper, umask):
     job = wrapper.start(umask=umask)
     wrapper.virt_v2v.wait_for('copying')
     scratch = wrapper.recorded().environment[b'TMPDIR']
-    modes = [mode(path) for path in job.paths + (wrapper.log_dir, wrapper.state_dir, scratch)]
+    modes = [mode(path) for path in job.paths + (
+        wrapper.log_dir, wrapper.state_dir, scratch, job.lock_file)]
     wrapper.virt_v2v.let('end')
     job.wait_finished()
-    assert modes == [0o640, 0o640, 0o644, 0o755, 0o755, 0o700]
+    assert modes == [0o640, 0o640, 0o644, 0o755, 0o755, 0o700, 0o644]
     assert [mode(path) for path in job.paths] == [0o640, 0o640, 0o644]
 
 
 @pytest.mark.parametrize('umask', [0, 0o077])
 def test_modes_and_owners_are_exact_as_root_too(root_wrapper, umask):
-    path = os.path.join(root_wrapper.directory, 'new', 'state')
+    path = os.path.join(root_wrapper.home, 'new', 'state')
     root_wrapper.arguments[3] = path
     job = root_wrapper.start(umask=umask)
     job.wait_finished()
@@ -335,28 +359,6 @@ def test_modes_and_owners_are_exact_as_root_too(root_wrapper, umask):
 
 
 # --- names -------------------------------------------------------------------------------
-
-# Each start takes the time and the process ID for the same; so do two starts after the clock was
-# set back, or with process IDs of their own in two containers.
-SAME_NAME = """\
-real_files, real_gmtime = module.Files, module.time.gmtime
-
-
-def files(*arguments):
-    real_getpid = os.getpid
-    os.getpid = lambda: 4242
-    module.time.gmtime = lambda *_: real_gmtime(1000000000)
-    try:
-        return real_files(*arguments)
-    finally:
-        os.getpid = real_getpid
-        module.time.gmtime = real_gmtime
-
-
-module.Files = files
-"""
-STEM = 'v2v-import-20010909T014640-4242'
-
 
 def test_names_hold_the_time_and_the_process(wrapper):
     tamper(wrapper, SAME_NAME)
@@ -416,7 +418,7 @@ def test_starts_of_one_name_at_one_moment_do_not_collide(wrapper, count):
 # Another job of the same name, which is faster by a moment. It makes its files exclusively, too,
 # and goes away if the first of them is there.
 FASTER = SAME_NAME + """
-real_create = module.create_exclusively
+locks = []
 
 
 def other(path):
@@ -424,39 +426,47 @@ def other(path):
         stream.write('other')
     with open({made!r}, 'a') as stream:
         print(path, file=stream)
+    if path.endswith('.lock'):
+        locks.append(open(path))
+        module.fcntl.flock(locks[0], module.fcntl.LOCK_EX)
 
 
-def create_exclusively(name, mode, directory_fd):
-    if name.endswith('.log'):
+def create_exclusively(name, mode, directory_fd, real=module.create_exclusively):
+    if name.endswith({moment!r}):
         try:
             for path in {others!r}:
                 other(path)
         except FileExistsError:
             pass
-    return real_create(name, mode, directory_fd)
+    return real(name, mode, directory_fd)
 
 
 module.create_exclusively = create_exclusively
 """
 
 
-def test_a_name_taken_meanwhile_leaves_the_other_s_files_alone(wrapper):
-    """Both saw that there was no state yet; the other one was the first to make its files."""
-    others = [os.path.join(wrapper.state_dir, '.' + STEM + '.state.tmp'),
+@pytest.mark.parametrize('moment, states', [('.tmp', 'state'), ('-wrapper.log', 'other')])
+def test_a_name_taken_meanwhile_leaves_the_other_s_files_alone(wrapper, moment, states):
+    """Both saw that there was no state, or both have their lock, in directories of their own."""
+    other_states = os.path.join(wrapper.home, states)
+    make_directories(wrapper)
+    os.makedirs(other_states, exist_ok=True)
+    os.chmod(other_states, 0o755)
+    os.chown(other_states, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    others = [os.path.join(other_states, STEM + '.lock'),
               os.path.join(wrapper.log_dir, STEM + '-wrapper.log'),
               os.path.join(wrapper.log_dir, STEM + '.log'),
-              os.path.join(wrapper.state_dir, STEM + '.state')]
+              os.path.join(other_states, STEM + '.state')]
     list_of_made = os.path.join(wrapper.home, 'made')
-    open(list_of_made, 'w').close()
-    os.chmod(list_of_made, 0o666)
-    tamper(wrapper, FASTER.format(made=list_of_made, others=others))
+    tamper(wrapper, FASTER.format(made=list_of_made, others=others, moment=moment))
     job = wrapper.start()
     assert job.wait_finished()['return_code'] == 0
-    with open(list_of_made) as stream:
-        made = stream.read().splitlines()
-    assert not set(job.paths) & set(made)
-    assert [path for path in made if not os.path.exists(path)] == []
-    assert {open_and_read(path) for path in made} <= {'other'}
+    wrapper.wait_gone()
+    assert open_and_read(list_of_made).splitlines() == others
+    assert {open_and_read(path) for path in others} == {'other'}
+    assert sorted(os.listdir(wrapper.state_dir) + os.listdir(wrapper.log_dir)) == sorted(
+        os.path.basename(path) for path in job.paths + tuple(others)
+        if os.path.dirname(path) in (wrapper.state_dir, wrapper.log_dir))
 
 
 def open_and_read(path):
@@ -466,17 +476,17 @@ def open_and_read(path):
 
 
 def test_jobs_with_other_log_directories_share_no_state_file(wrapper):
-    """The first has made its logs, and not yet its state, when the second one starts."""
+    """Both have chosen the same name, and neither has its lock, when they go on."""
     tamper(wrapper, SAME_NAME + """
-def make_scratch(real=module.make_scratch):
-    mark = '{home}/named-%d' % os.getpid()
-    open(mark, 'w').close()
-    while not os.path.exists('{home}/go'):
-        module.time.sleep(0.01)
-    return real()
+def create_exclusively(name, *arguments, real=module.create_exclusively):
+    if name.endswith('.tmp'):
+        open('{home}/named-%d' % real_getpid(), 'w').close()
+        while not os.path.exists('{home}/go'):
+            module.time.sleep(0.01)
+    return real(name, *arguments)
 
 
-module.make_scratch = make_scratch
+module.create_exclusively = create_exclusively
 """.format(home=wrapper.home))
     other_logs = wrapper.arguments[2:] + ['--log-dir', os.path.join(wrapper.home, 'log2')]
     starts = [wrapper.popen(), wrapper.popen(*other_logs)]
@@ -484,8 +494,8 @@ module.make_scratch = make_scratch
         process.stdin.write(json.dumps(wrapper.request()).encode())
         process.stdin.close()
         process.stdin = None
-        named = os.path.join(wrapper.home, 'named-%d' % process.pid)
-        eventually(lambda named=named: os.path.exists(named), 'the names are chosen')
+    eventually(lambda: len([name for name in wrapper.files() if 'named' in name]) == 2,
+               'the names are chosen')
     open(os.path.join(wrapper.home, 'go'), 'w').close()
     results = []
     for process in starts:
@@ -503,7 +513,7 @@ def test_when_all_names_are_taken_the_start_is_refused(wrapper):
         open(os.path.join(wrapper.log_dir, name + '.log'), 'w').close()
     job = wrapper.start()
     assert (job.status, job.stdout, job.stderr) == (
-        1, b'', error_line(wrapper.log_dir + ': all names for a log are taken'))
+        1, b'', error_line(wrapper.log_dir + ': all names for a job are taken'))
     assert sorted(os.listdir(wrapper.log_dir)) == sorted(name + '.log' for name in taken)
     assert os.listdir(wrapper.state_dir) == []
 

@@ -93,6 +93,22 @@ def test_a_conversion_that_succeeds(wrapper, generation):
     assert state['disks'] == [{'path': disk, 'progress': 100} for disk in DISKS]
 
 
+def test_the_lock_file_is_locked_as_long_as_the_job_lives(wrapper):
+    job = wrapper.start_waiting()
+    alive = job.is_alive()
+    wrapper.virt_v2v.let('end')
+    wrapper.wait_gone()
+    assert (alive, job.is_alive()) == (True, False)
+
+
+def test_logs_and_state_are_all_that_is_left_of_a_job(wrapper):
+    job = wrapper.start()
+    wrapper.wait_gone()
+    paths = job.paths + (wrapper.log_dir, wrapper.state_dir)
+    assert wrapper.files() == sorted(os.path.relpath(path, wrapper.home) for path in paths)
+    assert not os.path.exists(wrapper.recorded().environment[b'TMPDIR'])
+
+
 @pytest.mark.parametrize('generation', sorted(UNUSABLE))
 def test_a_virt_v2v_that_cannot_do_it_is_not_started(wrapper, generation):
     wrapper.use(generation)

@@ -10,6 +10,7 @@ as root, so that it becomes vdsm. Everything lies in a directory of that test al
     home/log, home/state    made by the wrapper, in a home that belongs to the user it runs as
 """
 import collections
+import fcntl
 import functools
 import json
 import os
@@ -103,6 +104,22 @@ class Job:
 
     def __repr__(self):
         return 'Job(%r, %r, %r)' % (self.status, self.stdout, self.stderr)
+
+    @property
+    def lock_file(self):
+        """The path of the file that is there, and locked, while the job lives."""
+        return os.path.splitext(self.paths.state_file)[0] + '.lock'
+
+    def is_alive(self):
+        """Say whether the lock file is there and locked."""
+        try:
+            with open(self.lock_file) as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def state(self):
         """Return the state file's contents."""
@@ -201,7 +218,7 @@ class Wrapper:
 
     def command(self, *arguments):
         """Return the command line that starts the wrapper; by default with its directories."""
-        return [interpreter_for(self.user), '-I', self.script] + list(arguments or self.arguments)
+        return [interpreter_for(self.user), '-IS', self.script] + list(arguments or self.arguments)
 
     def popen(self, *arguments, umask=0o022, environment=None, prepare=None, **others):
         """Start the wrapper as its caller would; the keywords are Popen's but for three.

@@ -17,8 +17,8 @@ def error_line(problem):
     return 'virt-v2v-wrapper: error: {}\n'.format(problem).encode()
 
 
-def refusal(function, *arguments):
-    """Return the texts of the problems that a function has with this host."""
-    with pytest.raises(HostError) as caught:
+def refusal(function, *arguments, error=HostError):
+    """Return the texts of the problems that a function has with what it is given."""
+    with pytest.raises(error) as caught:
         function(*arguments)
-    return [str(problem) for problem in caught.value.problems]
+    return [': '.join(problem) for problem in caught.value.problems]

@@ -24,4 +24,4 @@ def lab(session_lab):
     """The lab; a test that leaves a process or a temporary file behind in it fails."""
     yield session_lab
     session_lab.wait_idle(seconds=10)
-    assert os.listdir("/var/tmp") == [".guestfs-36"]
+    assert os.listdir("/var/tmp") == ["v2v-cache-36"]

@@ -203,8 +203,8 @@ class Lab:
         make_directory("/run/vdsm", owner=VDSM)
         make_directory("/var/log/vdsm", owner=VDSM)
         # The appliance takes a while to build and is the same for all.
-        os.mkdir("/var/tmp/.guestfs-36")
-        bind(make_directory(os.path.join(CACHE, "appliance"), 0o700, VDSM), "/var/tmp/.guestfs-36")
+        os.mkdir("/var/tmp/v2v-cache-36")
+        bind(make_directory(os.path.join(CACHE, "appliance"), 0o700, VDSM), "/var/tmp/v2v-cache-36")
 
     def _layer(self, target):
         return make_directory(os.path.join(self.work, "layers", target.replace("/", "_")))

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -227,3 +228,37 @@ def test_killing_virt_v2v_during_the_copy_to_qcow2(lab):
     assert last["return_code"] == -signal.SIGKILL
     lab.wait_idle(seconds=5)
     assert domain.vms() == []
+
+
+def assert_ended(lab, domain, last, because):
+    """Check a job whose virt-v2v was killed: the state says so, and nothing is left of it."""
+    assert because in failure(last)
+    lab.wait_idle(seconds=5)
+    assert domain.vms() == []
+
+
+def test_killing_the_wrapper_during_the_copy_ends_the_job(lab):
+    domain = lab.export_domain()
+    job, state = started_copying(lab, domain)
+
+    os.kill(state["wrapper_pid"], signal.SIGKILL)
+    last = job.wait(lambda state: state.get("finished"), seconds=20)
+
+    assert last["return_code"] == -signal.SIGKILL
+    assert_ended(lab, domain, last, "the wrapper was killed by SIGKILL")
+
+
+def test_after_a_kill_of_all_the_next_start_publishes_the_end(lab):
+    domain = lab.export_domain()
+    job, state = started_copying(lab, domain)
+    with open("/proc/%d/status" % state["wrapper_pid"]) as stream:
+        guardian = int(re.search(r"^PPid:\s*([0-9]+)$", stream.read(), re.MULTILINE).group(1))
+
+    for process in (guardian, state["wrapper_pid"]):
+        os.kill(process, signal.SIGKILL)
+    lab.wait_idle(seconds=20)
+    assert "finished" not in job.state()
+    lab.start(lab.request("no-such-vm", domain.path)).wait_finished()
+
+    last = job.wait(lambda state: state.get("finished"), seconds=20)
+    assert_ended(lab, domain, last, "all processes of the wrapper were killed")

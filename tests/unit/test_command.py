@@ -9,8 +9,7 @@ from blackbox import PASSWORD, valid_request
 from results import refusal
 from virt_v2v import GENERATIONS
 from virt_v2v_wrapper import (
-    Capabilities, HostError, Identity, capabilities, find_virt_v2v, parse_request,
-    virt_v2v_arguments, virt_v2v_environment)
+    Capabilities, Identity, capabilities, make_arguments, make_environment, parse_request)
 
 MODERN = Capabilities(messages=True, io_option=True, password_option='-ip')
 FOCAL = Capabilities(messages=False, io_option=True, password_option='-ip')
@@ -95,7 +94,7 @@ URI = 'esx://root@esx.example.com?no_verify=1'
 def arguments(capability=MODERN, directory='/export', libdir='/vddk', **overrides):
     """Return the arguments for a request that is valid but for the overrides."""
     request = parse_request(json.dumps(valid_request(**overrides)).encode('utf-8'))
-    return virt_v2v_arguments(capability, request, directory, libdir, 7, 8)
+    return make_arguments(capability, request, directory, libdir, 7, 8)
 
 
 @pytest.mark.parametrize('capability, before, password, vddk', [
@@ -147,10 +146,10 @@ def test_the_password_is_no_argument():
 
 # --- environment -------------------------------------------------------------------------
 
-IDENTITY = Identity('vdsm', 36, 36, '/home/v\u00fc', True)
+IDENTITY = Identity('vdsm', 36, 36, '/home/v\u00fc')
 OURS = {
     b'LIBGUESTFS_BACKEND': b'direct', b'PATH': b'/usr/sbin:/usr/bin:/sbin:/bin',
-    b'LIBGUESTFS_CACHEDIR': b'/var/tmp', b'LC_ALL': b'C', b'TMPDIR': b'/scratch',
+    b'LIBGUESTFS_CACHEDIR': b'/cache', b'LC_ALL': b'C', b'TMPDIR': b'/scratch',
     b'VIRT_V2V_TMPDIR': b'/scratch', b'XDG_RUNTIME_DIR': b'/scratch',
     b'HOME': os.fsencode('/home/v\u00fc'), b'USER': b'vdsm', b'LOGNAME': b'vdsm'}
 
@@ -158,7 +157,7 @@ OURS = {
 def environment(**inherited):
     """Return what of these variables virt-v2v gets, and the wrapper's own."""
     given = {name.encode(): value.encode() for name, value in inherited.items()}
-    return virt_v2v_environment(given, IDENTITY, b'/scratch')
+    return make_environment(given, IDENTITY, b'/scratch', b'/cache')
 
 
 def test_an_empty_environment_is_completed():
@@ -191,44 +190,5 @@ def test_what_the_wrapper_decides_is_not_overridden(name):
 
 def test_the_callers_environment_is_left_alone():
     inherited = {b'PATH': b'/bin', b'HOME': b'/root'}
-    virt_v2v_environment(inherited, IDENTITY, b'/scratch')
+    make_environment(inherited, IDENTITY, b'/scratch', b'/cache')
     assert inherited == {b'PATH': b'/bin', b'HOME': b'/root'}
-
-
-# --- the program -------------------------------------------------------------------------
-
-@pytest.fixture
-def programs(tmp_path):
-    """Directories, as bytes, with and without a virt-v2v that can be executed."""
-    for name, mode in (('good', 0o755), ('plain', 0o644), ('better', 0o755)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'virt-v2v').write_text('')
-        (tmp_path / name / 'virt-v2v').chmod(mode)
-    (tmp_path / 'directory' / 'virt-v2v').mkdir(parents=True)
-    (tmp_path / 'empty').mkdir()
-    return os.fsencode(str(tmp_path))
-
-
-def search_path(programs, *names):
-    return b':'.join(os.path.join(programs, os.fsencode(name)) for name in names)
-
-
-@pytest.mark.parametrize('names', [
-    ['good'], ['empty', 'good'], ['plain', 'good'], ['directory', 'good'], ['missing', 'good'],
-    ['good', 'better']])
-def test_the_first_virt_v2v_on_path_that_can_run_is_taken(programs, names):
-    assert find_virt_v2v(search_path(programs, *names)) == programs + b'/good/virt-v2v'
-
-
-@pytest.mark.parametrize('names', [[], ['empty'], ['plain'], ['directory'], ['missing', 'empty']])
-def test_without_a_virt_v2v_that_can_run_there_is_an_error(programs, names):
-    with pytest.raises(HostError) as caught:
-        find_virt_v2v(search_path(programs, *names))
-    assert [str(problem) for problem in caught.value.problems] == ['virt-v2v: not found on PATH']
-
-
-@pytest.mark.parametrize('path', [b'', b'.', b'good', b':'])
-def test_the_current_directory_is_not_searched(programs, path, monkeypatch):
-    monkeypatch.chdir(os.path.join(os.fsdecode(programs), 'good' if path != b'good' else ''))
-    with pytest.raises(HostError, match='^virt-v2v: not found on PATH$'):
-        find_virt_v2v(path)

@@ -1,15 +1,18 @@
-"""Directories: where a job puts its files, and what has to be there before it starts."""
+"""Where a job has its files, and what has to be there before it starts."""
 import contextlib
+import grp
+import itertools
 import os
 import pwd
+import shutil
+import tempfile
 
 import pytest
 
+import virt_v2v_wrapper
 from results import mode, refusal
 from virt_v2v_wrapper import (
-    Identity, Options, check_vddk_libdir, domain_contents, export_domain_root,
-    find_identity, find_nfs_mount, job_directories, make_first_missing, make_scratch,
-    open_private_directory, remove_tree)
+    ExportDomain, HostError, Identity, Options, check_host, find_nfs_mount, open_private_directory)
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 OTHER = '1c8d2c6a-0000-4000-8000-0123456789AB'
@@ -22,9 +25,17 @@ NOT_OURS = ('expected a directory that belongs to the user who runs the conversi
 VDSM_POINT = '/rhev/data-center/mnt/host:_path'
 
 
-def mount(source, point, kind='nfs', tags='shared:1 '):
-    """Return a line of /proc/self/mountinfo."""
-    return '36 25 0:31 / {} rw,relatime {}- {} {} rw,vers=4.2\n'.format(point, tags, kind, source)
+NUMBERS = itertools.count(100)
+
+
+def mount(source, point, kind='nfs', tags='shared:1 ', root='/', options='rw', more='rw',
+          number=None, parent=1):
+    """Return a line of /proc/self/mountinfo, of a mount on the root of the host by default."""
+    return '{} {} 0:31 {} {} {},relatime {}- {} {} {},vers=4.2\n'.format(
+        number or next(NUMBERS), parent, root, point, options, tags, kind, source, more)
+
+
+ROOT = mount('/dev/sda1', '/', 'ext4', number=1, parent=0)
 
 
 @pytest.mark.parametrize('spec, mountinfo, point', [
@@ -59,8 +70,49 @@ def mount(source, point, kind='nfs', tags='shared:1 '):
     ('host:/path', 'nonsense\n\n - nfs host:/path\n36 25 - nfs\n', None),
 ])
 def test_an_export_is_found_where_it_is_mounted(spec, mountinfo, point):
-    others = mount('/dev/sda1', '/', 'ext4') + mount('proc', '/proc', 'proc')
+    others = ROOT + mount('proc', '/proc', 'proc')
     assert find_nfs_mount(spec, others + mountinfo) == point
+
+
+@pytest.mark.parametrize('how', [{'options': 'ro'}, {'more': 'ro'}, {'root': '/sub'}])
+def test_a_mount_that_cannot_be_the_export_domain_does_not_count(how):
+    good = mount('host:/path', '/good')
+    assert find_nfs_mount('host:/path', ROOT + good + mount('host:/path', '/mnt', **how)) == '/good'
+    assert find_nfs_mount('host:/path', ROOT + mount('host:/path', '/mnt', **how)) is None
+
+
+EXPORT = mount('host:/path', '/a/b', number=7)
+
+
+@pytest.mark.parametrize('others, point', [
+    (mount('tmpfs', '/a/b', 'tmpfs', parent=7), None),
+    (mount('tmpfs', '/a', 'tmpfs'), None),
+    (mount('tmpfs', '/', 'tmpfs'), None),
+    (mount('host:/path', '/a/b', number=8, parent=7), '/a/b'),
+    (mount('host:/path', '/a/b', number=8, parent=7) + mount('x', '/a/b', 'tmpfs', parent=8), None),
+    (mount('tmpfs', '/a/b/c', 'tmpfs', parent=7), '/a/b'),
+    (mount('tmpfs', '/a/bc', 'tmpfs'), '/a/b'),
+])
+@pytest.mark.parametrize('turned', [False, True])
+def test_a_mount_hidden_by_another_does_not_count(others, point, turned):
+    lines = (ROOT + EXPORT + others).splitlines(True)
+    assert find_nfs_mount('host:/path', ''.join(lines[::-1] if turned else lines)) == point
+
+
+def test_a_mount_on_another_is_seen():
+    mountinfo = (ROOT + mount('tmpfs', '/a', 'tmpfs', number=7)
+                 + mount('host:/path', '/a/b', number=8, parent=7))
+    assert find_nfs_mount('host:/path', mountinfo) == '/a/b'
+
+
+@pytest.mark.parametrize('root', [
+    mount('/dev/sda1', '/', 'ext4', number=1, parent=4711),     # its parent is outside
+    mount('rootfs', '/', 'rootfs', number=1, parent=1),         # it has none
+    '',                                                         # a plain directory is the root
+])
+def test_an_export_is_found_whatever_the_root_is(root):
+    others = mount('proc', '/p', 'proc') + mount('tmpfs', '/a', 'tmpfs')
+    assert find_nfs_mount('host:/path', root + others + mount('host:/path', '/mnt')) == '/mnt'
 
 
 # --- the export domain -------------------------------------------------------------------
@@ -73,32 +125,37 @@ def make_domain(directory, name=DOMAIN, parts=('images', 'master/vms')):
     return os.path.join(str(directory), name)
 
 
-@pytest.mark.parametrize('name', [DOMAIN, OTHER])
+# virt-v2v looks at the length and at four dashes only.
+@pytest.mark.parametrize('name', [
+    DOMAIN, OTHER, '-' * 36, 'xxxxxxxx-yyyy-zzzz-\t   -????????\n???'])
 def test_an_export_domain_has_one_directory_named_by_a_uuid(tmp_path, name):
-    root = make_domain(tmp_path, name)
+    make_domain(tmp_path, name)
     (tmp_path / '__DIRECT_IO_TEST__').write_text('')
     (tmp_path / ('x' + DOMAIN)).mkdir()
-    assert export_domain_root(str(tmp_path)) == root
+    assert ExportDomain(str(tmp_path)).directory == str(tmp_path)
 
 
 def test_the_directory_may_be_reached_by_a_link(tmp_path):
     make_domain(tmp_path / 'real')
     (tmp_path / 'link').symlink_to('real')
-    assert export_domain_root(str(tmp_path / 'link')) == str(tmp_path / 'link' / DOMAIN)
+    assert ExportDomain(str(tmp_path / 'link')).directory == str(tmp_path / 'link')
 
 
-@pytest.mark.parametrize('names', [[], ['images', 'master'], [DOMAIN + 'x'], [DOMAIN[:-1]]])
+@pytest.mark.parametrize('names', [
+    [], ['images', 'master'], [DOMAIN + 'x'], [DOMAIN[:-1]], [DOMAIN.replace('-', 'x', 1)],
+    [DOMAIN.replace('-0', '0-', 1)]])
 def test_a_directory_without_a_uuid_is_no_export_domain(tmp_path, names):
     for name in names:
         make_domain(tmp_path, name)
-    assert refusal(export_domain_root, str(tmp_path)) == [
+    assert refusal(ExportDomain, str(tmp_path)) == [
         'export_domain: expected exactly one directory named by a UUID in it, found 0']
 
 
-def test_a_directory_with_two_uuids_is_no_export_domain(tmp_path):
+@pytest.mark.parametrize('second', [OTHER, DOMAIN.replace('0', 'x')])
+def test_a_directory_with_two_uuids_is_no_export_domain(tmp_path, second):
     make_domain(tmp_path, DOMAIN)
-    make_domain(tmp_path, OTHER)
-    assert refusal(export_domain_root, str(tmp_path)) == [
+    make_domain(tmp_path, second)
+    assert refusal(ExportDomain, str(tmp_path)) == [
         'export_domain: expected exactly one directory named by a UUID in it, found 2']
 
 
@@ -107,26 +164,33 @@ def test_a_directory_with_two_uuids_is_no_export_domain(tmp_path):
     (['images', 'master'], 'master/vms')])
 def test_a_domain_without_images_or_vms_is_refused(tmp_path, parts, missing):
     path = os.path.join(make_domain(tmp_path, parts=parts), missing)
-    assert refusal(export_domain_root, str(tmp_path)) == [
+    assert refusal(ExportDomain, str(tmp_path)) == [
         'export_domain: ' + path
         + ' is not a directory; is the domain attached to a data center?']
 
 
 def test_a_file_named_by_a_uuid_is_no_domain(tmp_path):
     (tmp_path / DOMAIN).write_text('')
-    assert refusal(export_domain_root, str(tmp_path)) == [
+    assert refusal(ExportDomain, str(tmp_path)) == [
         'export_domain: {} is not a directory; is the domain attached to a data center?'.format(
             tmp_path / DOMAIN)]
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
-    assert refusal(export_domain_root, str(tmp_path / 'missing')) == [
+    assert refusal(ExportDomain, str(tmp_path / 'missing')) == [
         'export_domain: No such file or directory']
 
 
 def test_a_file_is_no_export_domain(tmp_path):
     (tmp_path / 'file').write_text('')
-    assert refusal(export_domain_root, str(tmp_path / 'file')) == ['export_domain: Not a directory']
+    assert refusal(ExportDomain, str(tmp_path / 'file')) == ['export_domain: Not a directory']
+
+
+def test_a_path_that_virt_v2v_takes_for_an_export_is_refused(tmp_path):
+    (tmp_path / 'host:').mkdir()
+    make_domain(tmp_path / 'host:' / 'path')
+    assert refusal(ExportDomain, str(tmp_path / 'host:' / 'path')) == [
+        'export_domain: virt-v2v takes a path with ":/" in it for an NFS export']
 
 
 @contextlib.contextmanager
@@ -146,10 +210,10 @@ def without_privileges():
 @pytest.fixture
 def open_directory():
     """A directory that every user can read, unlike pytest's own."""
-    path = os.fsdecode(make_scratch())
+    path = tempfile.mkdtemp(dir='/var/tmp')
     os.chmod(path, 0o755)
     yield path
-    remove_tree(path)
+    shutil.rmtree(path)
 
 
 @pytest.mark.parametrize('part', ['', 'images', 'master/vms'])
@@ -158,7 +222,7 @@ def test_a_domain_that_cannot_be_written_to_is_refused(open_directory, part):
     for name in ('', 'images', 'master', 'master/vms'):
         os.chmod(os.path.join(root, name), 0o555 if name == part else 0o777)
     with without_privileges():
-        problems = refusal(export_domain_root, open_directory)
+        problems = refusal(ExportDomain, open_directory)
     os.chmod(os.path.join(root, part), 0o755)
     assert problems == ['export_domain: may not write to ' + os.path.join(root, part).rstrip('/')]
 
@@ -166,72 +230,170 @@ def test_a_domain_that_cannot_be_written_to_is_refused(open_directory, part):
 def test_a_domain_that_cannot_be_read_is_refused(open_directory):
     os.chmod(open_directory, 0)
     with without_privileges():
-        problems = refusal(export_domain_root, open_directory)
+        problems = refusal(ExportDomain, open_directory)
     os.chmod(open_directory, 0o755)
     assert problems == ['export_domain: Permission denied']
 
 
-def test_the_contents_of_a_domain_are_its_images_and_vms(tmp_path):
-    root = make_domain(tmp_path, parts=['images/a', 'images/b', 'master/vms/c', 'master/tasks/d'])
-    assert domain_contents(root) == {'images/a', 'images/b', 'master/vms/c'}
+def test_what_is_new_in_a_domain_are_its_images_and_vms(tmp_path):
+    root = make_domain(tmp_path, parts=['images/old', 'master/vms/old', 'master/tasks/old'])
+    domain = ExportDomain(str(tmp_path))
+    make_domain(tmp_path, parts=['master/vms/a', 'images/b', 'images/a', 'master/tasks/a', 'other'])
+    assert domain.new() == [os.path.join(root, part) for part in ('images/a', 'images/b',
+                                                                  'master/vms/a')]
 
 
-def test_a_domain_that_went_away_has_no_contents(tmp_path):
-    assert domain_contents(str(tmp_path / 'missing')) == set()
+def test_in_a_domain_that_went_away_nothing_is_new(tmp_path):
+    make_domain(tmp_path, parts=['images/old', 'master/vms/old'])
+    domain = ExportDomain(str(tmp_path))
+    (tmp_path / DOMAIN).rename(tmp_path / 'away')
+    assert domain.new() == []
 
 
-# --- the VDDK ----------------------------------------------------------------------------
+# --- the host ----------------------------------------------------------------------------
+
+USER = Identity('joe', 1000, 1000, '/home/joe')
+VDSM = Identity('vdsm', 36, 36, '/var/lib/vdsm')
+
+
+class Answer:
+    """What the launcher is told while the host is looked at."""
+
+    def __init__(self):
+        self.told = []
+
+    def send(self, value):
+        """Note it."""
+        self.told.append(value)
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """The directory of a host with all that a job needs. No directory is made on it."""
+    make_domain(tmp_path / 'export')
+    make_vddk(tmp_path / 'vddk', 'libvixDiskLib.so')
+    for name in ('bin', 'other'):
+        make_program(tmp_path / name)
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
+    monkeypatch.delenv('XDG_STATE_HOME', raising=False)
+    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', lambda path: 7)
+    return tmp_path
+
+
+def make_vddk(directory, *names):
+    """Make a directory with these files in its lib64."""
+    (directory / 'lib64').mkdir(parents=True)
+    for name in names:
+        (directory / 'lib64' / name).write_text('')
+
+
+def make_program(directory, bits=0o755):
+    """Make a directory with a virt-v2v in it."""
+    directory.mkdir()
+    (directory / 'virt-v2v').write_text('')
+    (directory / 'virt-v2v').chmod(bits)
+
+
+def checked(host, identity=USER, libdir='vddk', directories=(None, None), problems=()):
+    """Return the Places of a job on a host."""
+    options = Options(*directories, str(host / libdir))
+    directory = None if problems else str(host / 'export')
+    return check_host(options, identity, directory, problems, Answer())
+
+
+def test_the_launcher_is_told_what_is_looked_at(host):
+    answer = Answer()
+    options = Options('/l', '/s', str(host / 'vddk'))
+    check_host(options, USER, str(host / 'export'), (), answer)
+    assert answer.told == [
+        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v', '/l', '/s']
+
+
+def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):
+    def refuse(path):
+        raise HostError((path, 'not ours'))
+    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', refuse)
+    monkeypatch.setenv('PATH', '/nonexistent')
+    problems = refusal(checked, host, USER, 'export', ('/d', '/d'), (('export_domain', 'wrong'),))
+    assert problems == [
+        'export_domain: wrong',
+        '--vddk-libdir {}/export/lib64: No such file or directory'.format(host),
+        'virt-v2v: not found on PATH',
+        '/d: not ours']
+
 
 @pytest.mark.parametrize('name', ['libvixDiskLib.so', 'libvixDiskLib.so.7', 'libvixDiskLib.so.8.0'])
-def test_the_vddk_is_there_if_its_library_is(tmp_path, name):
-    (tmp_path / 'lib64').mkdir()
-    (tmp_path / 'lib64' / name).write_text('')
-    assert check_vddk_libdir(str(tmp_path)) is None
+def test_the_vddk_is_there_if_its_library_is(host, name):
+    make_vddk(host / 'good', name)
+    assert checked(host, libdir='good').libdir == str(host / 'good')
 
 
 @pytest.mark.parametrize('names', [[], ['libvixMntapi.so.7', 'xlibvixDiskLib.so.7']])
-def test_a_directory_without_the_library_is_refused(tmp_path, names):
-    (tmp_path / 'lib64').mkdir()
-    for name in names:
-        (tmp_path / 'lib64' / name).write_text('')
-    assert refusal(check_vddk_libdir, str(tmp_path)) == [
-        '--vddk-libdir {}: expected lib64/libvixDiskLib.so in it'.format(tmp_path)]
+def test_a_directory_without_the_library_is_refused(host, names):
+    make_vddk(host / 'bad', *names)
+    assert refusal(checked, host, USER, 'bad') == [
+        '--vddk-libdir {}/bad: expected lib64/libvixDiskLib.so in it'.format(host)]
 
 
-def test_a_directory_without_lib64_is_refused(tmp_path):
-    assert refusal(check_vddk_libdir, str(tmp_path)) == [
-        '--vddk-libdir {}/lib64: No such file or directory'.format(tmp_path)]
+def make_search_path(host, names):
+    """Return a search path of directories in which there may be a virt-v2v that can be executed."""
+    make_program(host / 'plain', 0o644)
+    (host / 'directory' / 'virt-v2v').mkdir(parents=True)
+    (host / 'empty').mkdir()
+    return ':'.join(str(host / name) for name in names)
+
+
+@pytest.mark.parametrize('names', [
+    ['bin'], ['empty', 'bin'], ['plain', 'bin'], ['directory', 'bin'], ['missing', 'bin'],
+    ['bin', 'other']])
+def test_the_first_virt_v2v_on_path_that_can_run_is_taken(host, monkeypatch, names):
+    monkeypatch.setenv('PATH', make_search_path(host, names))
+    assert checked(host).virt_v2v == os.fsencode(str(host / 'bin' / 'virt-v2v'))
+
+
+@pytest.mark.parametrize('names', [[], ['empty'], ['plain'], ['directory'], ['missing', 'empty']])
+def test_without_a_virt_v2v_that_can_run_there_is_an_error(host, monkeypatch, names):
+    monkeypatch.setenv('PATH', make_search_path(host, names))
+    assert refusal(checked, host) == ['virt-v2v: not found on PATH']
+
+
+@pytest.mark.parametrize('path', ['', '.', 'bin', ':', './bin'])
+def test_the_current_directory_is_not_searched(host, monkeypatch, path):
+    monkeypatch.setenv('PATH', path)
+    monkeypatch.chdir(str(host if 'bin' in path else host / 'bin'))
+    assert refusal(checked, host) == ['virt-v2v: not found on PATH']
 
 
 # --- who and where -----------------------------------------------------------------------
 
-NONE = Options(None, None, None)
-VDSM = Identity('vdsm', 36, 36, '/var/lib/vdsm', True)
-USER = Identity('joe', 1000, 1000, '/home/joe', False)
+VDSM_PLACES = ('/var/log/vdsm/import', '/run/vdsm/virt-v2v-wrapper')
 
 
-@pytest.mark.parametrize('options, identity, environment, directories', [
-    (NONE, VDSM, {}, ('/var/log/vdsm/import', '/run/vdsm/virt-v2v-wrapper')),
-    (NONE, VDSM._replace(drop=False), {}, ('/var/log/vdsm/import', '/run/vdsm/virt-v2v-wrapper')),
-    (NONE, VDSM, {'XDG_STATE_HOME': '/x'}, ('/var/log/vdsm/import', '/run/vdsm/virt-v2v-wrapper')),
-    (NONE, USER, {}, ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
-    (NONE, USER, {'XDG_STATE_HOME': ''}, ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
-    (NONE, USER, {'XDG_STATE_HOME': 'x/y'}, ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
-    (NONE, USER, {'XDG_STATE_HOME': '/x/y'}, ('/x/y/virt-v2v-wrapper',) * 2),
-    (NONE, USER, {'HOME': '/elsewhere'}, ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
-    (Options('/l', None, None), VDSM, {}, ('/l', '/run/vdsm/virt-v2v-wrapper')),
-    (Options(None, '/s', None), VDSM, {}, ('/var/log/vdsm/import', '/s')),
-    (Options('/l', '/s', None), USER, {'XDG_STATE_HOME': '/x'}, ('/l', '/s')),
+@pytest.mark.parametrize('identity, given, xdg_state_home, directories', [
+    (VDSM, (None, None), None, VDSM_PLACES),
+    (VDSM, (None, None), '/x', VDSM_PLACES),
+    (USER, (None, None), None, ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
+    (USER, (None, None), '', ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
+    (USER, (None, None), 'x/y', ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
+    (USER, (None, None), '/x/y', ('/x/y/virt-v2v-wrapper',) * 2),
+    (VDSM, ('/l', None), None, ('/l', '/run/vdsm/virt-v2v-wrapper')),
+    (VDSM, (None, '/s'), None, ('/var/log/vdsm/import', '/s')),
+    (USER, ('/l', '/s'), '/x', ('/l', '/s')),
 ])
 def test_the_directories_are_those_of_the_user_unless_given(
-        options, identity, environment, directories):
-    assert job_directories(options, identity, environment) == directories
+        host, monkeypatch, identity, given, xdg_state_home, directories):
+    monkeypatch.setenv('HOME', '/elsewhere')
+    if xdg_state_home is not None:
+        monkeypatch.setenv('XDG_STATE_HOME', xdg_state_home)
+    places = checked(host, identity, directories=given)
+    assert (places.log_dir, places.state_dir) == ((directories[0], 7), (directories[1], 7))
 
 
 def test_an_ordinary_user_stays_who_he_is():
     with without_privileges():
-        entry, identity = pwd.getpwuid(os.geteuid()), find_identity()
-    assert identity == Identity(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, False)
+        entry, identity = pwd.getpwuid(os.geteuid()), Identity.find()
+        group = os.getegid() or entry.pw_gid
+    assert identity == Identity(entry.pw_name, entry.pw_uid, group, entry.pw_dir)
 
 
 def test_a_directory_that_is_missing_is_made(tmp_path):
@@ -276,28 +438,12 @@ def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path):
         '{}: File exists'.format(tmp_path / 'file')]
 
 
-as_root = pytest.mark.skipif(os.getuid() != 0, reason='needs root')
-
-
-@as_root
-def test_root_makes_the_first_missing_directory_for_the_user(tmp_path):
-    make_first_missing(str(tmp_path / 'a' / 'b'), USER)
-    status = os.stat(str(tmp_path / 'a'))
-    assert (status.st_uid, status.st_gid) == (USER.uid, USER.gid)
-    assert not (tmp_path / 'a' / 'b').exists()
-
-
-@as_root
-def test_root_leaves_a_directory_that_is_there_as_it_is(tmp_path):
-    make_first_missing(str(tmp_path), USER)
-    assert os.stat(str(tmp_path)).st_uid == 0
-
-
-@as_root
-@pytest.mark.parametrize('bits, owner', [(0o777, 0), (0o775, 0), (0o755, 1000)])
-def test_root_makes_nothing_where_others_may_write(tmp_path, bits, owner):
-    (tmp_path / 'd').mkdir()
-    (tmp_path / 'd').chmod(bits)
-    os.chown(str(tmp_path / 'd'), owner, owner)
-    make_first_missing(str(tmp_path / 'd' / 'a'), USER)
-    assert os.listdir(str(tmp_path / 'd')) == []
+def test_what_only_root_can_make_comes_with_the_command(open_directory):
+    os.chmod(open_directory, 0o555)
+    path = os.path.join(open_directory, "it's", 'new')
+    with without_privileges():
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+        problems = refusal(open_private_directory, path)
+    assert problems == [
+        '{}: is missing, and may only be made by root: install -d -o {} -g {} {}'.format(
+            path, user, group, "'{}/it'\"'\"'s/new'".format(open_directory))]

@@ -5,53 +5,39 @@ import re
 import pytest
 
 from captures import Recording, condensed, load
-from virt_v2v_wrapper import (
-    Ending, MessageParser, OutputParser, Phase, Start, error_text, failure_text, finished_document,
-    fold, no_progress, state_document)
+from virt_v2v_wrapper import Facts, Parser, Progress, finished_document
+
+FACTS = Facts(4711, 4710, 'vm', '/w.log', '/v.log', '2026-11-23T08:00:00Z')
 
 
 # --- playing it --------------------------------------------------------------------------
 
-class Player:
-    """Does with the bytes what the wrapper's monitor does."""
-
-    def __init__(self, messages, listed):
-        self.progress = no_progress(listed)
-        self._messages = MessageParser()
-        self._output = OutputParser(messages)
-
-    def message(self, data):
-        events = self._messages.feed(data)
-        for event in events:
-            if isinstance(event, Phase):
-                self._output.announce(event.text)
-        self._apply(events)
-
-    def output(self, data):
-        self._apply(self._output.feed(data))
-
-    def end(self):
-        self._apply(self._output.end())
-
-    def _apply(self, events):
-        for event in events:
-            self.progress = fold(self.progress, event)
+# The last state of a conversion that goes on, without the time, and the events, sorted: how far
+# messages are ahead of the output depends on how it is read. Progress is in the state.
+Replayed = collections.namedtuple('Replayed', 'state events')
 
 
 def play(recording, cuts, messages, listed=()):
-    """Return the Progress at the end of a recording whose output is read in pieces.
+    """Return the Replayed of a recording whose output is read in pieces.
 
     Before each piece all messages are read that virt-v2v had written by then.
     """
-    player = Player(messages, listed)
+    parser, progress, found = Parser(messages), Progress(listed), []
+
+    def apply(events):
+        for event in events:
+            progress.apply(event)
+            found.append(event)
     waiting = list(recording.messages)
     edges = [0] + list(cuts) + [len(recording.output)]
     for start, end in zip(edges, edges[1:]):
         while waiting and waiting[0][0] <= end:
-            player.message(waiting.pop(0)[1])
-        player.output(recording.output[start:end])
-    player.end()
-    return player.progress
+            apply(parser.messages(waiting.pop(0)[1]))
+        apply(parser.output(recording.output[start:end]))
+    apply(parser.end())
+    state = progress.document(FACTS)
+    del state['updated_at']
+    return Replayed(state, sorted((event for event in found if event.name != 'percent'), key=repr))
 
 
 def in_pieces(recording, size):
@@ -101,77 +87,62 @@ LOADED = {name: load(name) for name in NAMES}
 
 
 def replayed(name, listed=()):
-    """Return the Progress at the end of that recording, read in one piece."""
+    """Return the Replayed of that recording, read in one piece."""
     return play(LOADED[name], (), CONVERSIONS[name].messages, listed)
-
-
-def document(progress):
-    """Return the state of a conversion that goes on."""
-    return state_document(Start(4711, 4710, '2026-11-23T08:00:00Z'), progress)
 
 
 # --- the facts ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_its_disks_with_their_progress(name):
-    disks = document(replayed(name))['disks']
+    disks = replayed(name).state['disks']
     assert [(disk['path'], disk['progress']) for disk in disks] == CONVERSIONS[name].disks
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_its_number_of_disks(name):
-    assert document(replayed(name))['disk_count'] == CONVERSIONS[name].count
+    assert replayed(name).state['disk_count'] == CONVERSIONS[name].count
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_its_last_phase(name):
-    phase = document(replayed(name))['phase']
+    phase = replayed(name).state['phase']
     assert re.sub(' -o rhv.*| to /.*', '', phase) == CONVERSIONS[name].phase
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_its_error(name):
-    assert error_text(replayed(name)) == CONVERSIONS[name].error
+    text = CONVERSIONS[name].error
+    published = {'type': 'error', 'message': text} if text else None
+    assert replayed(name).state.get('last_message') == published
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_the_id_of_its_vm(name):
-    assert document(replayed(name)).get('vm_id') == CONVERSIONS[name].vm_id
-
-
-@pytest.mark.parametrize('name', [name for name in NAMES if CONVERSIONS[name].error])
-def test_the_error_of_a_recording_is_published(name):
-    assert document(replayed(name))['last_message'] == {
-        'type': 'error', 'message': CONVERSIONS[name].error}
+    assert replayed(name).state.get('vm_id') == CONVERSIONS[name].vm_id
 
 
 def test_listed_disks_are_those_that_are_copied():
     listed = tuple(path for path, _ in CONVERSIONS['2.2.0-vddk-three-disks'].disks[::-1])
-    disks = document(replayed('2.2.0-vddk-three-disks', listed))['disks']
+    disks = replayed('2.2.0-vddk-three-disks', listed).state['disks']
     assert [(disk['path'], disk['progress']) for disk in disks] == [(path, 100) for path in listed]
 
 
 @pytest.mark.parametrize('name', ['2.2.0', '2.10.0', '1.40.2'])
 def test_listed_disks_stand_in_for_those_that_nothing_names(name):
-    disks = document(replayed(name, ('[ds] b', '[ds] a')))['disks']
+    disks = replayed(name, ('[ds] b', '[ds] a')).state['disks']
     assert [tuple(disk.values()) for disk in disks] == [('[ds] b', 100), ('[ds] a', 100)]
 
 
-def finished(name, return_code):
-    """Return the final state of that recording."""
-    progress = replayed(name)
-    message = failure_text(return_code, error_text(progress), None)
-    return finished_document(document(progress), Ending(return_code, message, '2026-11-23'))
-
-
-@pytest.mark.parametrize('name, return_code, message', [
+@pytest.mark.parametrize('name, return_code, text', [
     ('2.2.0-vddk-disk-full', 1, FULL),
     ('2.2.0-vddk-sigterm', 1, 'virt-v2v ended with status 1 and no error message, as it does when a'
                               ' signal tells it to stop'),
     ('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL'),
 ])
-def test_the_final_state_says_why_it_failed(name, return_code, message):
-    assert finished(name, return_code)['last_message'] == {'type': 'error', 'message': message}
+def test_the_final_state_says_why_it_failed(name, return_code, text):
+    state = finished_document(replayed(name).state, return_code, None)
+    assert state['last_message'] == {'type': 'error', 'message': text}
 
 
 # --- in pieces ---------------------------------------------------------------------------
@@ -225,14 +196,14 @@ def test_output_of_any_recording_may_be_cut_in_two_at_any_byte(name):
 @pytest.mark.parametrize('name', [name for name in NAMES if CONVERSIONS[name].messages])
 def test_messages_may_be_read_byte_by_byte(name):
     lines = b''.join(line for _, line in LOADED[name].messages)
-    whole, pieces = MessageParser(), MessageParser()
-    events = [event for byte in range(len(lines)) for event in pieces.feed(lines[byte:byte + 1])]
-    assert events == whole.feed(lines)
+    pieces = Parser(True)
+    events = [event for at in range(len(lines)) for event in pieces.messages(lines[at:at + 1])]
+    assert events == Parser(True).messages(lines)
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if CONVERSIONS[name].messages])
 def test_all_messages_may_be_there_before_any_output(name):
     early = [(0, line) for _, line in LOADED[name].messages]
     recording = Recording(LOADED[name].output, early)
-    disks = document(play(recording, (), True))['disks']
+    disks = play(recording, (), True).state['disks']
     assert [disk['path'] for disk in disks] == [path for path, _ in CONVERSIONS[name].disks]
