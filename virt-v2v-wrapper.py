@@ -528,8 +528,8 @@ class Parser:
 
     def messages(self, chunk):
         """Return the events in what was read last from the pipe of messages."""
-        events = map(self._message, self._message_lines.take(chunk).splitlines())
-        return [event for event in events if event]
+        lines = self._message_lines.take(chunk).splitlines()
+        return list(filter(None, map(self._message, lines)))
 
     def _message(self, line):
         try:
@@ -1676,56 +1676,49 @@ class Conversion:
         poll = select.poll()
         for fd in (self._wake_reader, job.output.reader, job.messages.reader):
             poll.register(fd, select.POLLIN)
-        while ending_of(self._pid) is None:
+        ended = False
+        while not ended:
             wait = self._publish_at - time.monotonic() if self._news else None
             ready = dict(poll.poll(wait and max(0, wait) * 1000))
             if self._wake_reader in ready:
                 os.read(self._wake_reader, CHUNK)
+                ended = ending_of(self._pid) is not None
             elif ready:
                 time.sleep(GATHER_INTERVAL)
-            self._read(4)       # and look at virt-v2v and the clock again
+            self._read()
             self._publish()
         reason = self._reason           # later signals come too late to be the reason
         conclude(job, self._pid, self._read_on, self._document, reason)
 
-    def _read(self, rounds):
-        """Take in what virt-v2v has written: at most `rounds` chunks. Says if there may be more."""
-        for _ in range(rounds):
-            output = self._job.output.read()
-            self._job.output_log.write(output)
-            # A message is written before the line of its text: the lines need all that are there.
-            messages = self._job.messages.read()
-            with self._surviving():
-                self._apply(self._parser.messages(messages))
-                self._apply(self._parser.output(output))
-            if not output and not messages:
-                return False
-        return True
+    def _read(self):
+        """Take in a chunk of what virt-v2v has written. Says if there may be more."""
+        output = self._job.output.read()
+        self._job.output_log.write(output)
+        # A message is written before the line of its text: the lines need all that are there.
+        messages = self._job.messages.read()
+        self._apply(self._parser.messages, messages)
+        self._apply(self._parser.output, output)
+        return CHUNK in (len(output), len(messages))
 
     def _read_on(self):
-        while self._read(1):
+        while self._read():
             pass
-        with self._surviving():
-            self._apply(self._parser.end())
+        self._apply(self._parser.end)
 
-    @contextmanager
-    def _surviving(self):
-        """A mistake of ours is no reason to lose a conversion: note it and go on."""
+    def _apply(self, parse, *chunk):
+        """Take in the events that `parse` finds."""
         try:
-            yield
-        except Exception as error:
+            for event in parse(*chunk):
+                self._progress.apply(event)
+                self._news = True
+                self._urgent = self._urgent or event.name in _TRANSITIONS
+                if event.name in ('phase', 'warning', 'error'):
+                    LOG.write('INFO' if event.name == 'phase' else 'WARNING', 'virt-v2v: {}',
+                              event.value)
+        except Exception as error:      # a mistake of ours is no reason to lose a conversion
             self._mishaps += 1
             if self._mishaps <= 10:
                 LOG.write('ERROR', 'internal error, the conversion goes on: {}', where(error))
-
-    def _apply(self, events):
-        for event in events:
-            self._progress.apply(event)
-            self._news = True
-            self._urgent = self._urgent or event.name in _TRANSITIONS
-            if event.name in ('phase', 'warning', 'error'):
-                LOG.write('INFO' if event.name == 'phase' else 'WARNING', 'virt-v2v: {}',
-                          event.value)
 
     def _publish(self):
         """Write the state if there is news: transitions at once, mere progress not too often."""

@@ -344,7 +344,7 @@ def test_a_mistake_in_a_write_put_off_does_not_end_virt_v2v(wrapper):
     assert (state['return_code'], 'failed' in state) == (0, False)
 
 
-@pytest.mark.parametrize('name', ['ending_of', 'Pipe.read', 'OutputLog.write'])
+@pytest.mark.parametrize('name', ['Pipe.read', 'OutputLog.write'])
 def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v(wrapper, name):
     breaking(wrapper, name)
     assert failed(wrapper, play_broken(wrapper, wait('never'))) == (
