@@ -3,20 +3,25 @@ import ctypes
 import fcntl
 import json
 import marshal
+import mmap
 import os
+import select
 import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 
 import blackbox
 import processes
 
-PYTHON = '/usr/bin/python3'
+PYTHON = os.path.realpath(sys.executable)
 HERE = os.path.dirname(os.path.abspath(__file__))
-PATIENCE = 300.0
+# The wrapper is not dumpable: its user cannot read what it writes and what memory it has.
+MAY_LOOK = os.getuid() == 0
+PATIENCE = 120.0
 KEPT = 1 << 26                      # bytes of a log before it is emptied
 PR_SET_CHILD_SUBREAPER = 36         # prctl(2)
 IN_MOVED_TO = 0x80                  # inotify(7)
@@ -24,7 +29,7 @@ EVENT = struct.Struct('iIII')
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-# A shell that answers the one question of the wrapper and then becomes the stand-in.
+# A shell that answers the one question of the wrapper, and then becomes the stand-in or ends.
 PROGRAM = """\
 #!/bin/sh
 case $1 in
@@ -35,127 +40,101 @@ esac
 
 
 class Rig:
-    """The script and what it needs, in a directory in memory. It runs as an ordinary user.
-
-    Made by root, it makes this whole process that user, so that nothing of the root user's is
-    measured.
-    """
+    """The script and what it needs, in a directory in memory; it runs as an ordinary user."""
 
     def __init__(self):
-        self.directory = tempfile.mkdtemp(prefix='virt-v2v-wrapper-bench-', dir='/dev/shm')
-        os.chmod(self.directory, 0o755)
-        user = blackbox.ordinary_user()
-        self._wrapper = blackbox.Wrapper(os.path.basename(self.directory), self.directory,
-                                         user, user)
-        shutil.copy(os.path.join(HERE, 'stand_in.py'), self.directory)
-        give_away(self.directory, user)
-        os.chdir('/')
-        blackbox.become(user)
+        self._root = tempfile.mkdtemp(prefix='virt-v2v-wrapper-bench-', dir='/dev/shm')
+        os.chmod(self._root, 0o755)
+        self._user = blackbox.ordinary_user()
+        self._wrapper = blackbox.Wrapper(os.path.basename(self._root), self._root,
+                                         self._user, self._user)
+        self._stand_in = os.path.join(self._root, 'stand_in.py')
+        shutil.copyfile(os.path.join(HERE, 'stand_in.py'), self._stand_in)
         # So that the guardian becomes our child when the script has ended.
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.state_dir = self._wrapper.state_dir
-        os.makedirs(self.state_dir)
         self._request = json.dumps(self._wrapper.request()).encode()
-        self._environment = self._wrapper.environment()
+        self._begin = mmap.mmap(-1, 8)      # shared with children
         self._gates = {}
 
     def close(self):
         """End everything and remove the directory."""
-        for process in processes.marked(os.path.basename(self.directory)):
+        for process in processes.marked(self._wrapper.name):
             os.kill(process, signal.SIGKILL)
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def command(self):
-        """Return the command that starts the script."""
-        return [PYTHON, '-IS', self._wrapper.script] + self._wrapper.arguments
+        shutil.rmtree(self._root, ignore_errors=True)
 
     # --- virt-v2v ------------------------------------------------------------------------
 
-    def stand_in(self, name, *numbers):
-        """Return the command of the stand-in that does what the function of that name does."""
-        return [PYTHON, '-I', '-S', os.path.join(self.directory, 'stand_in.py'), self.directory,
-                name] + list(map(str, numbers)) + ['--']
-
-    def use(self, name=None, *numbers):
-        """Have virt-v2v do that, or nothing at all; lock the gates."""
-        last = 'exec {} "$@"'.format(' '.join(self.stand_in(name, *numbers))) if name else 'exit'
-        self._wrapper.add_program('virt-v2v', PROGRAM.format(last))
-        for gate in ('go', 'end'):
-            self._gates[gate] = open(os.path.join(self.directory, gate), 'w')
+    def use(self, *steps):
+        """Have virt-v2v play steps (see stand_in.py), or end at once; lock the gates."""
+        last = 'exec {} -I -S {} {} "$@"'.format(PYTHON, self._stand_in, self._wrapper.home)
+        self._wrapper.add_program('virt-v2v', PROGRAM.format(last if steps else ''))
+        with open(self._path('plan'), 'wb') as stream:
+            marshal.dump(steps, stream)
+        for gate in {step[1] for step in steps if step[0] == 'wait'}:
+            self._gates[gate] = open(self._path(gate), 'w')
             fcntl.flock(self._gates[gate], fcntl.LOCK_EX)
 
     def open(self, gate):
         """Let the stand-ins go on."""
         self._gates.pop(gate).close()
 
-    def plan(self, steps):
-        """Set what the stand-in "recorded" writes: (message, output, how often) each."""
-        with open(os.path.join(self.directory, 'plan'), 'wb') as stream:
-            marshal.dump(steps, stream)
-
     def notes(self):
-        """Return the pairs of numbers that the stand-in left."""
-        with open(os.path.join(self.directory, 'notes')) as stream:
+        """Return the pairs (value, time) that the stand-in left."""
+        with open(self._path('notes')) as stream:
             return [tuple(map(float, line.split())) for line in stream]
 
+    def _path(self, name):
+        return os.path.join(self._wrapper.home, name)
+
     # --- the script ----------------------------------------------------------------------
+
+    def run(self, command, request=b''):
+        """Run a command as the ordinary user; return (seconds from its execution on, output)."""
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/',
+                                   env=self._wrapper.environment(), preexec_fn=self._prepare)
+        output = process.communicate(request)[0]
+        seconds = time.perf_counter() - struct.unpack('d', self._begin[:])[0]
+        if process.returncode:
+            raise SystemExit('{} ended with status {}'.format(command[:3], process.returncode))
+        return seconds, output
+
+    def _prepare(self):
+        blackbox.become(self._user)
+        self._begin[:] = struct.pack('d', time.perf_counter())
 
     def timed_start(self):
         """Start a conversion; return (seconds it took, Job)."""
         others = processes.children(os.getpid())
-        begin = time.perf_counter()
-        output = run(self.command(), self._request, self._environment)
-        seconds = time.perf_counter() - begin
+        seconds, output = self.run(self._wrapper.command(), self._request)
         guardian, = set(processes.children(os.getpid())) - set(others)
-        return seconds, Job(json.loads(output.decode()), guardian)
+        return seconds, Job(output, guardian)
 
     def start(self):
         """Start a conversion; return the Job."""
         return self.timed_start()[1]
 
 
-def give_away(directory, user):
-    """Have a directory and all in it belong to a user."""
-    for parent, _, names in os.walk(directory):
-        for path in [parent] + [os.path.join(parent, name) for name in names]:
-            os.chown(path, user.pw_uid, user.pw_gid)
-
-
-def run(command, request=b'', environment=None):
-    """Run a command to the end of its output; return that. It has to succeed."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               env=environment, cwd='/')
-    output = process.communicate(request)[0]
-    if process.returncode:
-        raise SystemExit('{} ended with status {}'.format(command[:3], process.returncode))
-    return output
-
-
-class Job:
+class Job(blackbox.Job):
     """One conversion, from outside."""
 
-    def __init__(self, paths, guardian):
-        self._paths = paths
-        self.log = paths['v2v_log']
-        self.guardian = guardian
-        self.monitor = self.state()['wrapper_pid']
-
-    def state(self):
-        """Return what the state file says."""
-        with open(self._paths['state_file'], encoding='utf-8') as stream:
-            return json.load(stream)
+    def __init__(self, output, guardian):
+        super().__init__(0, output, b'')
+        self.pids = (guardian, self.state()['wrapper_pid'])     # the latter is the monitor
 
     def log_size(self):
         """Return the size of virt-v2v's log."""
-        return os.stat(self.log).st_size
+        return os.stat(self.paths.v2v_log).st_size
 
-    def wait_finished(self):
-        """Wait for the last process of the conversion; remove its files; return its last state."""
-        os.waitpid(self.guardian, 0)
-        state = self.state()
-        for path in self._paths.values():
+    def wait_phase(self, text):
+        """Wait until virt-v2v has said that it does this."""
+        wait_until(lambda: keep_short(self.paths.v2v_log) or self.state().get('phase') == text)
+
+    def finish(self):
+        """Wait for the last process; remove the files."""
+        os.waitpid(self.pids[0], 0)
+        for path in self.paths:
             os.unlink(path)
-        return state
 
 
 def wait_until(condition, pause=0.02):
@@ -177,11 +156,6 @@ def keep_short(path):
         os.truncate(path, 0)
 
 
-def ended(process):
-    """Say whether a child has ended; it stays a zombie."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 class Watch:
     """Sees when a file in a directory is replaced (inotify)."""
 
@@ -191,8 +165,16 @@ class Watch:
                                                   IN_MOVED_TO) < 0:
             raise SystemExit('inotify: ' + os.strerror(ctypes.get_errno()))
 
-    def wait(self):
-        """Wait for the next replacements; return how many there were."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self._fd)
+
+    def wait(self, patience=PATIENCE):
+        """Wait for the next replacements; return how many there were, 0 if none came in time."""
+        if not select.select([self._fd], [], [], patience)[0]:
+            return 0
         data = os.read(self._fd, 1 << 16)
         count = offset = 0
         while offset < len(data):
@@ -200,45 +182,62 @@ class Watch:
             count += 1
         return count
 
-    def close(self):
-        """Watch no longer."""
-        os.close(self._fd)
-
 
 # --- what the kernel counts --------------------------------------------------------------
 
-def cpu_seconds(process):
-    """Return how long a process has been running on a processor (to the nanosecond)."""
-    with open('/proc/{}/schedstat'.format(process)) as stream:
-        return int(stream.read().split()[0]) / 1e9
+def threads(pids):
+    """Yield the directory in /proc of each thread of the processes."""
+    for pid in pids:
+        directory = '/proc/{}/task'.format(pid)
+        for name in os.listdir(directory):
+            yield os.path.join(directory, name)
 
 
-def memory(process):
-    """Return {'VmHWM': peak of the resident set, 'Rss': now, 'Pss': ..., ...} in KiB, proc(5)."""
-    with open('/proc/{}/smaps_rollup'.format(process)) as stream:
-        lines = [line.split() for line in stream][1:]
-    found = {line[0].rstrip(':'): int(line[1]) for line in lines}
-    found['VmHWM'] = processes.peak_memory(process)
-    return found
+def cpu_seconds(pids):
+    """Return how long the processes have been running on a processor (to the nanosecond)."""
+    total = 0
+    for directory in threads(pids):
+        with open(os.path.join(directory, 'schedstat')) as stream:
+            total += int(stream.read().split()[0])
+    return total / 1e9
 
 
-def memory_alone(*found):
-    """Return the memory in KiB of processes, all forks of one, if no other ran the same program.
+def wake_ups(pids):
+    """Return how often a thread of the processes was woken or interrupted."""
+    total = 0
+    for directory in threads(pids):
+        with open(os.path.join(directory, 'status')) as stream:
+            total += sum(int(line.split()[1]) for line in stream if 'ctxt_switches' in line)
+    return total
 
-    `found` is what memory() says of each. The PSS of the pages of files gets smaller with each
-    other process that has the same file mapped, whosever it is.
+
+def writes(pids):
+    """Return how many calls of write the processes made; only if MAY_LOOK."""
+    return sum(processes.io(pid)['syscw'] for pid in pids)
+
+
+def pss(pids):
+    """Return the memory of the processes in MiB, shared pages by shares; only if MAY_LOOK."""
+    return sum(memory(pid)['Pss'] for pid in pids) / 1024
+
+
+def pss_alone(pids):
+    """Return the memory in MiB of processes, all forks of one, if no other ran the same program.
+
+    The PSS of the pages of files gets smaller with each other process that has them mapped.
     """
-    files = max(process['Rss'] - process['Anonymous'] for process in found)
-    return files + sum(process['Pss_Anon'] for process in found)
+    found = list(map(memory, pids))
+    return (max(one['Rss'] - one['Anonymous'] for one in found)
+            + sum(one['Pss_Anon'] for one in found)) / 1024
 
 
-def written(process):
-    """Return how many bytes a process has written, whereto ever."""
-    return processes.io(process)['wchar']
+def peak_memory(pids):
+    """Return the MiB of memory that the processes had at most, each at its own time."""
+    return sum(map(processes.peak_memory, pids)) / 1024
 
 
-def activity(process):
-    """Return (how often it was woken or interrupted, how many calls of write it made)."""
-    status = processes.status(process)
-    return (int(status['voluntary_ctxt_switches']) + int(status['nonvoluntary_ctxt_switches']),
-            processes.io(process)['syscw'])
+def memory(pid):
+    """Return /proc/PID/smaps_rollup in KiB, proc(5)."""
+    with open('/proc/{}/smaps_rollup'.format(pid)) as stream:
+        lines = [line.split() for line in stream][1:]
+    return {line[0].rstrip(':'): int(line[1]) for line in lines}
