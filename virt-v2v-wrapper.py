@@ -31,20 +31,31 @@ Three processes, all of them this script:
 
 The launcher does what only root or the caller's own process can do, and waits with a limit: no file
 system that hangs can hang the caller. The guardian makes, before it forks the monitor, all that
-both need: lock, logs, state file, pipes. Afterwards it touches no file while the monitor lives.
+both need: lock, logs, pipes. Afterwards it touches no file while the monitor lives. Answer and
+report are pipes for lines of JSON; Facts are what the report says of a job that runs.
+
+How a job ends:
+
+    virt-v2v ends, or is killed    the monitor publishes that
+    TERM, INT or HUP               to guardian or monitor: virt-v2v gets TERM, 45 s later KILL
+    the monitor is killed          the kernel kills virt-v2v, the guardian publishes that
+    the guardian is killed         the monitor goes on; during the start the job is stopped
+    all are killed                 the next start by the same user publishes that
+    the answer cannot be printed   the launcher stops the job, and waits for its end
+
 What virt-v2v leaves behind becomes a child of the monitor, or of the guardian, and is ended.
-virt-v2v itself is killed with the monitor, whoever kills that.
 
 The rooms of this file follow that story, and each uses only what is above it:
 
-    errors and log; request; output; progress; command: pure, what goes in decides what comes out
+    errors and log; request; output; progress; command: what goes in decides what comes out
     processes; places; files: thin layers above the kernel
     job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
     monitor, guardian, launcher: the three processes, each to be read from top to bottom
     main: arguments, what is printed, exit status
 
 A new key of the request is a row in _RULES and its use in make_arguments(). A new thing that
-virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress.
+virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress. A check
+of the host belongs in check_host().
 
 It needs Linux, Python 3.6 or newer with its standard library, and virt-v2v.
 """
@@ -235,13 +246,6 @@ LOG = Log()
 # ---------------------------------------------------------------------------------------------
 # Request: bytes -> Request, or one error that lists everything that is wrong
 
-# What the caller wants; the names of the fields are the keys of the request. `source_disks` is a
-# tuple, `unknown` the keys that this version does not know.
-Request = namedtuple('Request', 'vm_name output_format transport_method vmware_uri'
-                                ' vmware_password vmware_fingerprint export_domain source_disks'
-                                ' unknown')
-
-
 class Secret:
     """A text that no message, log or repr shows."""
 
@@ -328,6 +332,8 @@ _RULES = (
      'HOST:/PATH or an absolute directory, without blanks or control characters'),
     ('source_disks', (), _disks, 'a list of different non-empty strings'),
 )
+# What the caller wants: a field for each key, and the names of the keys that we do not know.
+Request = namedtuple('Request', [rule[0] for rule in _RULES] + ['unknown'])
 
 
 def _number(text):
@@ -446,6 +452,7 @@ _LEGACY = 'legacy'
 _TRUSTED = {_OPENING, _TARGET, _COPYING, _METADATA}
 
 _PHASE_LINE = re.compile(rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)')      # "[%6.1f] %s"
+_PHASE_START = re.compile(rb'[\n\r]\[ *[0-9]{1,9}\.[0-9]\] ')    # kernels show more decimals
 _COPYING_DISK = re.compile(r'Copying disk ([0-9]{1,3})/([0-9]{1,3})(?![0-9])')
 
 
@@ -569,10 +576,12 @@ class Parser:
                 for event in self._line(line[:MAX_LINE])]
 
     def _has_literal(self, lines):
-        # A phase line begins with a bracket, and where there are messages, it was announced.
-        return (any(row.literal in lines for row in self._rows)
-                or (b'\n[' in lines or b'\r[' in lines)
-                and (self._announced is None or any(text in lines for text in self._announced)))
+        if any(row.literal in lines for row in self._rows):
+            return True
+        if self._announced is None:
+            return _PHASE_START.search(lines)
+        return ((b'\n[' in lines or b'\r[' in lines)
+                and any(text in lines for text in self._announced))
 
     def _line(self, line):
         """Return the events in one line."""
@@ -1096,6 +1105,12 @@ def end_descendants(keep=None):
 # ---------------------------------------------------------------------------------------------
 # Places: who we are, which directories, which export domain
 
+# The directories that the caller chose, None where he did not.
+Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
+# What check_host has found: `virt_v2v` is a path (bytes), the directories are (path, descriptor).
+Host = namedtuple('Host', 'domain libdir virt_v2v log_dir state_dir')
+
+
 def as_text(path):
     """Return `path`, a name that Python made of bytes in its own encoding, as the text it is."""
     return os.fsencode(path).decode('utf-8', 'surrogateescape')
@@ -1490,7 +1505,7 @@ def remove_tree(path):
 
 # All that a job needs; made whole, before the monitor is forked. `secret` is the descriptor of the
 # password, `output` and `messages` are Pipes, `paths` what the caller is told.
-Job = namedtuple('Job', 'request places capability environment secret scratch output messages'
+Job = namedtuple('Job', 'request host capability environment secret scratch output messages'
                         ' output_log state paths')
 
 _STEM = re.compile('v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?')
@@ -1502,26 +1517,24 @@ def conclude(job, pid, read_on, document, reason):
     `pid` is virt-v2v's; `read_on` takes in what is left in the pipes; `document` returns the state
     so far, and may raise OSError; `reason` says why the wrapper ended virt-v2v, None if it did not.
     """
-    stuck = end_descendants(keep=pid)
-    if stuck:
-        LOG.write('WARNING', 'not to be ended: {}', ', '.join(stuck))
-    read_on()           # now nobody writes any more
-    remove_tree(job.scratch)
-    return_code = None
-    with suppress(ChildProcessError):
-        return_code = ending_of(pid)
-    LOG.write('INFO', 'virt-v2v ended with {}', return_code)
-    give_up = time.monotonic() + FINAL_WRITE_PATIENCE
-    complain = 0.0
+    return_code, complain, give_up = None, 0.0, time.monotonic() + FINAL_WRITE_PATIENCE
     while time.monotonic() < give_up:
         try:
+            stuck = end_descendants(keep=pid)
+            read_on()           # now nobody writes any more
+            remove_tree(job.scratch)
+            with suppress(ChildProcessError):
+                return_code = ending_of(pid)
             state = document()
             if 'finished' not in state:
                 job.state.write(finished_document(state, return_code, reason, stuck), durable=True)
+            LOG.write('INFO', 'virt-v2v ended with {}', return_code)
+            if stuck:
+                LOG.write('WARNING', 'not to be ended: {}', ', '.join(stuck))
             break
         except (OSError, HostError) as error:
             if time.monotonic() >= complain:
-                LOG.write('ERROR', 'state file: {}; trying again', where(error))
+                LOG.write('ERROR', 'the end could not be published, trying again: {}', where(error))
                 complain = time.monotonic() + 60
         time.sleep(PUBLISH_RETRY)
     job.state.release()
@@ -1529,7 +1542,7 @@ def conclude(job, pid, read_on, document, reason):
         os.waitpid(pid, os.WNOHANG)     # not before: until now nobody else could get its ID
     # Not before: the export domain may be what hangs.
     if return_code != 0:
-        for path in job.places.domain.new():
+        for path in job.host.domain.new():
             LOG.write('WARNING', 'new in the export domain since the start, perhaps left by this'
                                  ' conversion: {}', path)
 
@@ -1599,8 +1612,10 @@ def monitor(job, report, answer):
     os.close(report.writer)
     threading.Thread(target=conversion.take_signals, daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
-    threading.Thread(target=end_dead_jobs, args=[job.state], daemon=True).start()
+    search = threading.Thread(target=end_dead_jobs, args=[job.state], daemon=True)
+    search.start()
     conversion.follow()
+    search.join(1)
     return 0
 
 
@@ -1613,6 +1628,7 @@ class Conversion:
         self._parser = Parser(job.capability.messages)
         self._progress = Progress(job.request.source_disks)
         self._reason = None             # why virt-v2v was told to end
+        self._killed = False            # it did not
         self._mishaps = 0
         self._news = self._urgent = self._failing = False
         self._publish_at = 0.0          # not before, unless it is urgent
@@ -1636,8 +1652,8 @@ class Conversion:
             system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
             if os.getppid() != monitor_pid:
                 os._exit(1)             # the monitor was killed before that call
-        argv = [job.places.virt_v2v] + make_arguments(
-            job.capability, job.request, job.places.domain.directory, job.places.libdir,
+        argv = [job.host.virt_v2v] + make_arguments(
+            job.capability, job.request, job.host.domain.directory, job.host.libdir,
             job.secret, job.messages.writer)
         LOG.write('INFO', 'executing {}', ' '.join(map(clean, argv)))
         with blaming('virt-v2v'):
@@ -1650,25 +1666,25 @@ class Conversion:
         return child.pid
 
     def take_signals(self):
-        """In a thread of its own: no disk that hangs can keep a signal from virt-v2v."""
-        kill_at = None
+        """In a thread of its own, which touches no file: no disk that hangs can hold it up."""
+        signals, kill_at = _STOP_SIGNALS | {signal.SIGCHLD}, None
         while True:
-            wait = None if kill_at is None else max(0, kill_at - time.monotonic())
-            signals = _STOP_SIGNALS | {signal.SIGCHLD}
-            info = signal.sigwaitinfo(signals) if wait is None else signal.sigtimedwait(
-                signals, wait)
-            if info is None:
-                LOG.write('WARNING', 'virt-v2v did not end when it was told to, killing it')
+            if kill_at is None:
+                info = signal.sigwaitinfo(signals)
+            else:
+                info = signal.sigtimedwait(signals, max(0, kill_at - time.monotonic()))
+            number = info.si_signo if info else 0
+            if not info:
                 kill(-self._pid, signal.SIGKILL)
-                kill_at = None
-            elif info.si_signo == signal.SIGCHLD:
-                os.write(self._wake_writer, b'.')
-            elif self._reason is None:
-                self._reason = 'the wrapper was told to stop by ' + signal_name(info.si_signo)
+                kill_at, self._killed = None, True
+            elif number in _STOP_SIGNALS:
+                if self._reason:
+                    continue                            # it has been told already
+                self._reason = 'the wrapper was told to stop by ' + signal_name(number)
                 kill(self._pid, signal.SIGTERM)
                 kill(self._pid, signal.SIGCONT)         # it may have been paused
                 kill_at = time.monotonic() + STOP_GRACE
-                LOG.write('INFO', 'stopping virt-v2v: {}', self._reason)
+            os.write(self._wake_writer, bytes([number]))
 
     def follow(self):
         """Follow virt-v2v to its end, and publish that."""
@@ -1676,17 +1692,21 @@ class Conversion:
         poll = select.poll()
         for fd in (self._wake_reader, job.output.reader, job.messages.reader):
             poll.register(fd, select.POLLIN)
-        ended = False
+        ended = more = False
         while not ended:
             wait = self._publish_at - time.monotonic() if self._news else None
             ready = dict(poll.poll(wait and max(0, wait) * 1000))
             if self._wake_reader in ready:
-                os.read(self._wake_reader, CHUNK)
-                ended = ending_of(self._pid) is not None
-            elif ready:
+                if _STOP_SIGNALS & set(os.read(self._wake_reader, CHUNK)):
+                    LOG.write('INFO', 'stopping virt-v2v: {}', self._reason)
+                # A killed one may be asleep on a dead server, and never end.
+                ended = self._killed or ending_of(self._pid) is not None
+            elif not more:
                 time.sleep(GATHER_INTERVAL)
-            self._read()
+            more = self._read()
             self._publish()
+        if self._killed:
+            LOG.write('WARNING', 'virt-v2v did not end when it was told to, and was killed')
         reason = self._reason           # later signals come too late to be the reason
         conclude(job, self._pid, self._read_on, self._document, reason)
 
@@ -1757,8 +1777,8 @@ def guard(request, options, identity, directory, problems, answer):
         report = Channel()
         with ExitStack() as undo:
             with interruptible():
-                places = check_host(options, identity, directory, problems, answer)
-                job = prepare(undo, request, identity, places, answer)
+                host = check_host(options, identity, directory, problems, answer)
+                job = prepare(undo, request, identity, host, answer)
             with blaming('fork'):
                 monitor_pid = fork(lambda: monitor(job, report, answer))
             undo.callback(end_descendants)
@@ -1786,12 +1806,8 @@ def guard(request, options, identity, directory, problems, answer):
     return 0
 
 
-# What check_host has found: `virt_v2v` is a path (bytes), the directories are (path, descriptor).
-Places = namedtuple('Places', 'domain libdir virt_v2v log_dir state_dir')
-
-
 def check_host(options, identity, directory, problems, answer):
-    """Find and check all that virt-v2v would miss only after half an hour. Returns Places.
+    """Find and check all that virt-v2v would miss only after half an hour. Returns the Host.
 
     Raises HostError with all problems, which begin with `problems`.
     """
@@ -1834,10 +1850,10 @@ def check_host(options, identity, directory, problems, answer):
             found.append((path, open_private_directory(path)))
     if problems:
         raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
-    return Places(*found)
+    return Host(*found)
 
 
-def prepare(undo, request, identity, places, answer):
+def prepare(undo, request, identity, host, answer):
     """Make the files, and ask virt-v2v what it can do. Returns a Job.
 
     What is made is unmade by `undo`, an ExitStack. Raises HostError.
@@ -1848,7 +1864,7 @@ def prepare(undo, request, identity, places, answer):
         os.mkdir(scratch, 0o700)
     scratch = os.fsencode(scratch)
     undo.callback(remove_tree, scratch)
-    state, logs, paths = create_files(undo, scratch, places)
+    state, logs, paths = create_files(undo, scratch, host)
     LOG.fd = logs[0]
     LOG.write('INFO', '{} {}, Python {}, as user {}, temporary files in {}', PROGRAM, VERSION,
               sys.version.split()[0], identity.name, os.fsdecode(scratch))
@@ -1858,24 +1874,24 @@ def prepare(undo, request, identity, places, answer):
 
     def ask(option):
         status, output = run_program(
-            'virt-v2v', [places.virt_v2v, option.encode('ascii')], environment, PROBE_PATIENCE,
+            'virt-v2v', [host.virt_v2v, option.encode('ascii')], environment, PROBE_PATIENCE,
             stderr=subprocess.DEVNULL)
         lines = output.decode('utf-8', 'replace').split()
         LOG.write('INFO', 'virt-v2v {}: status {}: {}', option, status, ' '.join(lines))
         return lines if status == 0 else None
-    return Job(request=request, places=places, capability=capabilities(ask),
+    return Job(request=request, host=host, capability=capabilities(ask),
                environment=environment, secret=request.vmware_password.to_descriptor(),
                scratch=scratch, output=Pipe(), messages=Pipe(), output_log=OutputLog(logs[1]),
                state=state, paths=paths)
 
 
-def create_files(undo, scratch, places):
+def create_files(undo, scratch, host):
     """Create both logs and the lock under a name that no other job has.
 
     Returns the StateFile, the descriptors of both logs, and the paths as the caller is told them.
     Raises HostError.
     """
-    (log_dir, log_fd), (state_dir, state_fd) = places.log_dir, places.state_dir
+    (log_dir, log_fd), (state_dir, state_fd) = host.log_dir, host.state_dir
     stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
     for name in [stem] + ['{}-{}'.format(stem, number) for number in range(2, 100)]:
         state, logs = StateFile(state_dir, state_fd, name), (name + '-wrapper.log', name + '.log')
@@ -1932,17 +1948,17 @@ def launch(request, options):
         guardian_pid = fork(lambda: guard(request, options, identity, directory, problems, answer))
     os.close(answer.writer)
     give_up = time.monotonic() + START_PATIENCE
-    looking_at = told = 'wrapper'
+    told = 'wrapper'                    # or what the guardian looks at, as long as it is a text
     try:
         with interruptible():
             while isinstance(told, str):
-                looking_at, told = told, answer.receive(give_up)
+                told = answer.receive(give_up)
     except KeyboardInterrupt:
         end_guardian(guardian_pid, END_PATIENCE)
         raise HostError(('start', 'interrupted by a signal')) from None
     except TimeoutError:
         end_guardian(guardian_pid, PRINT_PATIENCE)
-        raise HostError((looking_at, 'does not answer')) from None
+        raise HostError((told, 'does not answer')) from None
     if told is None:
         # The guardian was killed. Where there is a monitor, it is in the guardian's group.
         kill(-guardian_pid, signal.SIGTERM)
@@ -1962,9 +1978,6 @@ def end_guardian(pid, patience):
 
 # ---------------------------------------------------------------------------------------------
 # Main: arguments, what is printed, exit status
-
-# The directories the caller chose, None where he did not.
-Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
 
 _DESCRIPTION = """\
 Start the conversion of a VMware guest for oVirt with virt-v2v. The request is a JSON object on

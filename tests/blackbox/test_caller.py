@@ -430,9 +430,8 @@ def test_no_descriptor_of_the_caller_gets_into_the_job(waiting):
 
 
 def test_virt_v2v_has_no_descriptor_but_those_it_needs(waiting):
-    job = waiting.start()
-    waiting.virt_v2v.wait_for('running')
-    found = processes.descriptors(job.state()['pid'])
+    waiting.start()
+    found = waiting.recorded().descriptors
     assert_succeeds(waiting)
     secret = [name for number, name in found.items()
               if name.startswith('/memfd:') or name.startswith('/dev/shm/')]

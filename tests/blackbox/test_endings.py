@@ -12,6 +12,7 @@ import rooms
 from blackbox import DOMAIN
 from eventually import eventually
 from faults import Disk, disk, guardian, known, last_message, tamper, traced
+from jobs import kill_wrapper
 from virt_v2v import (
     DISKS, bar, copying, daemon, die, error, fork, ignore, json_message, leave, phase, reach,
     repeat, source, stdout, wait)
@@ -550,12 +551,6 @@ def system_calls(wrapper):
 
 
 # --- all of the wrapper is killed --------------------------------------------------------
-
-def kill_wrapper(job):
-    """Kill all of the wrapper, the guardian first, so that nobody publishes the ending."""
-    for process in guardian(job), job.state()['wrapper_pid']:
-        os.kill(process, signal.SIGKILL)
-
 
 def ended_by_the_next_start(wrapper, job):
     """Start a job that ends at once; return the message with which it has ended a dead one."""

@@ -1,5 +1,4 @@
 """Started as root: nothing of root is left, and the export domain is mounted for the job alone."""
-import ctypes
 import os
 import re
 import shutil
@@ -9,9 +8,11 @@ import sys
 
 import pytest
 
+import hung
 import processes
 from eventually import eventually
 from faults import guardian, strace, tamper
+from privileges import keep_all, make_inheritable
 from results import error_line
 from virt_v2v import ignore, reach, wait
 
@@ -37,37 +38,6 @@ def privileges(status):
 
 
 # --- what the caller may leave to the wrapper --------------------------------------------
-
-PR_SET_SECUREBITS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 28, 47, 2
-# SECBIT_NO_SETUID_FIXUP and SECBIT_KEEP_CAPS: a change of user leaves all capabilities.
-KEEP_ALL = 1 << 2 | 1 << 4
-CAPABILITY_VERSION_3 = 0x20080522
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def capabilities_of_this_process():
-    """Return the permitted ones as a number."""
-    return int(processes.status(os.getpid())['CapPrm'], 16)
-
-
-def make_inheritable():
-    """Have all capabilities of this process in its inheritable and ambient set, too."""
-    permitted = capabilities_of_this_process()
-    halves = [permitted & 0xffffffff] * 3 + [permitted >> 32] * 3
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-    if libc.capset(header, (ctypes.c_uint32 * 6)(*halves)) != 0:
-        raise OSError(ctypes.get_errno(), 'capset')
-    for number in range(permitted.bit_length()):
-        if permitted >> number & 1:
-            if libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0) != 0:
-                raise OSError(ctypes.get_errno(), 'prctl')
-
-
-def keep_all():
-    """Have a change of user leave all capabilities."""
-    if libc.prctl(PR_SET_SECUREBITS, KEEP_ALL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), 'prctl')
-
 
 def more_groups():
     """Have a group of root's own."""
@@ -286,11 +256,11 @@ def host(root_wrapper):
     host.close()
 
 
-def mounts(process):
+def mounts(process, point=MOUNT_POINT):
     """Return the lines of a process's mountinfo that are about the mount point."""
     try:
         with open('/proc/%s/mountinfo' % process) as stream:
-            return [line for line in stream if line.split()[4] == MOUNT_POINT]
+            return [line for line in stream if line.split()[4] == point]
     except (OSError, ValueError):
         return []
 
@@ -373,6 +343,40 @@ def test_two_jobs_do_not_see_each_other_s_mounts(root_wrapper, host):
     assert len(namespaces) == 2
 
 
+RECORDING = """\
+#!/bin/sh
+echo "$4" > "{record}"
+exec mount --bind "{export}" "$2"
+"""
+
+
+def test_nothing_in_the_mount_is_a_device_or_executed(root_wrapper, host):
+    record = os.path.join(root_wrapper.directory, 'options')
+    host.helper(RECORDING.format(record=record, export=root_wrapper.export_domain))
+    host.start().wait_finished()
+    host.wait_gone()
+    with open(record) as stream:
+        assert set(stream.read().strip().split(',')) >= {'nosuid', 'nodev', 'noexec'}
+
+
+def test_what_the_host_unmounts_is_unmounted_for_the_job(root_wrapper, host):
+    """Or the job would keep it busy."""
+    place = os.path.join(root_wrapper.directory, 'other')
+    os.mkdir(place)
+    subprocess.check_call(host.prefix + ['mount', '-n', '-t', 'tmpfs', 'tmpfs', place])
+    root_wrapper.virt_v2v.play(reach('running'), wait('end'))
+    job = host.start()
+    root_wrapper.virt_v2v.wait_for('running')
+    process = job.state()['pid']
+    before = mounts(process, place)
+    subprocess.check_call(host.prefix + ['umount', '-n', place])
+    after = mounts(process, place)
+    root_wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    host.wait_gone()
+    assert (len(before), len(after)) == (1, 0)
+
+
 DENIED = """\
 #!/bin/sh
 echo "mount.nfs: access denied by server" >&2
@@ -419,6 +423,29 @@ def test_a_mount_helper_that_never_ends_is_ended(root_wrapper, host):
     job = host.start()
     assert_nothing_happened_on(host, root_wrapper, job,
                                'export_domain: does not answer')
+
+
+@pytest.fixture
+def storage(root_wrapper):
+    """Storage that hangs when it is told to; there before the host is."""
+    with hung.file_system(os.path.join(root_wrapper.directory, 'hung'),
+                          root_wrapper.user) as storage:
+        yield storage
+
+
+def test_a_mount_that_cannot_be_killed_is_left(root_wrapper, storage, host):
+    tamper(root_wrapper, 'module.MOUNT_PATIENCE = 0.3')
+    stand_in = root_wrapper.add_program(
+        'mount', '#!/bin/sh\nexec /bin/cat "%s/file"\n' % storage.directory)
+    subprocess.check_call(host.prefix + ['mount', '-n', '--bind', stand_in, shutil.which('mount')])
+    storage.hang()
+    job = host.start()
+    waited = storage.waiting()
+    storage.release()
+    host.wait_gone()
+    assert waited
+    assert (job.status, job.stdout) == (1, b'')
+    assert re.fullmatch(re.escape(error_line('export_domain: ')[:-1]) + rb'[^\n]+\n', job.stderr)
 
 
 def make_fifo(wrapper, name):

@@ -487,3 +487,17 @@ def test_old_files_are_cleaned_up_where_they_are_but_no_lock():
         for path in (script.VDSM_STATE_DIR, script.VDSM_LOG_DIR)]
     assert all(re.fullmatch('[0-9]+d', row[5]) for row in rows)
     assert locks == ['x', script.VDSM_STATE_DIR + '/*.lock']
+
+
+# --- what is outside of the script -------------------------------------------------------
+
+def test_the_last_state_is_tried_for_as_long_as_promised():
+    assert 'is tried for one hour' in README
+    assert (script.FINAL_WRITE_PATIENCE, script.PUBLISH_RETRY <= 1) == (3600, True)
+
+
+@pytest.mark.parametrize('words', [
+    'local file system with hard links', 'PID 1', 'KillUserProcesses', 'TimeoutStopSec',
+    'systemd-run --scope'])
+def test_what_of_a_host_can_end_a_job_is_told(words):
+    assert words in README

@@ -257,10 +257,13 @@ class Wrapper:
                 raise
         return Job(process.returncode, stdout, stderr)
 
-    def start_waiting(self, *steps):
-        """Start a job that plays steps, then waits for "end"; return it when it waits."""
+    def start_waiting(self, *steps, **keywords):
+        """Start a job that plays steps, then waits for "end"; return it when it waits.
+
+        The keywords are those of start.
+        """
         self.virt_v2v.play(*steps, reach('waiting'), wait('end'))
-        job = self.start()
+        job = self.start(**keywords)
         self.virt_v2v.wait_for('waiting')
         return job
 
@@ -274,7 +277,10 @@ class Wrapper:
 
     def wait_gone(self):
         """Wait until no process of any of its jobs is left."""
-        eventually(lambda: not self.processes(), 'all processes have ended')
+        try:
+            eventually(lambda: not self.processes(), 'all processes have ended')
+        except AssertionError:
+            raise AssertionError('these go on: %s' % self.processes()) from None
 
     def files(self):
         """Return the paths, below its home, of all files and directories there, sorted."""

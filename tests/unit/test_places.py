@@ -295,7 +295,7 @@ def make_program(directory, bits=0o755):
 
 
 def checked(host, identity=USER, libdir='vddk', directories=(None, None), problems=()):
-    """Return the Places of a job on a host."""
+    """Return the Host of a job on a host."""
     options = Options(*directories, str(host / libdir))
     directory = None if problems else str(host / 'export')
     return check_host(options, identity, directory, problems, Answer())

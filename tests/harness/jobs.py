@@ -1,0 +1,28 @@
+"""The sudden end of the processes of a job."""
+import os
+import signal
+
+import processes
+from eventually import eventually
+from faults import guardian
+
+
+def is_running(process):
+    """Say whether a process is there and has not ended."""
+    try:
+        return processes.state(process) not in 'ZX'
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_ended(process):
+    """Wait until a process has ended."""
+    eventually(lambda: not is_running(process), 'process %d has ended' % process)
+
+
+def kill_wrapper(job):
+    """Kill both processes of the wrapper, so that none is left to publish anything."""
+    found = guardian(job), job.state()['wrapper_pid']
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+        wait_ended(process)
