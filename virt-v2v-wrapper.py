@@ -57,7 +57,7 @@ A new key of the request is a row in _RULES and its use in make_arguments(). A n
 virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress. A check
 of the host belongs in check_host().
 
-It needs Linux, Python 3.6 or newer with its standard library, and virt-v2v.
+It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 
 VERSION = '1.0'
@@ -89,16 +89,16 @@ EXIT_REQUEST = 2     # the request, or the command line, is wrong
 MAX_REQUEST = 1 << 20
 # Linux takes no argument above 128 KiB. No name or path in the field comes near this.
 MAX_TEXT = 4096
-# The longest line of output that can matter is a nbdkit command of a few KiB. Logs hold lines of
+# The longest line of output that can matter is an nbdkit command of a few KiB. Logs hold lines of
 # hundreds of KiB, such as a hex dump of a registry; of these the beginning is enough.
 MAX_LINE = 1 << 13
 # A message is one line of JSON, which is of no use without its end.
 MAX_MESSAGE_LINE = 1 << 20
-# What of virt-v2v's own words goes into the state file.
+# How much of virt-v2v's own text goes into the state file.
 MAX_MESSAGE = 4096
-# Messages whose line in the output has not come yet. One is usual; a pipe holds about so many.
+# Messages whose line in the output has not come yet. One is usual; a pipe holds about that many.
 MAX_ANNOUNCED = 1000
-# What a program may answer. The longest answer in the field, virt-v2v's options, has 2 KiB.
+# What a program may answer. The longest answer in the field, virt-v2v's options, is 2 KiB long.
 MAX_ANSWER = 1 << 16
 CHUNK = 1 << 16             # what is read at once
 SMALL_CHUNK = 1 << 10       # what is parsed line by line, if it matters at all
@@ -106,7 +106,9 @@ SMALL_CHUNK = 1 << 10       # what is parsed line by line, if it matters at all
 # Seconds.
 PUBLISH_INTERVAL = 0.1      # between two writes of mere progress
 PUBLISH_RETRY = 1.0         # until a failed write is tried again
-GATHER_INTERVAL = 0.003     # lines come in bursts: it is cheaper to read a burst at once
+# Lines come in bursts: it is cheaper to read a burst at once. But somebody may watch the progress.
+GATHER_INTERVAL = 0.025
+GATHER_INTERVAL_COPYING = 0.003
 # virt-v2v 2.x acts on a signal when the current libguestfs call has ended: 8 to 17 s were seen.
 STOP_GRACE = 45.0
 END_PATIENCE = 10.0         # for killed processes to go; one asleep on a dead server does not
@@ -126,11 +128,10 @@ TEMPORARY_DIR = '/var/tmp'
 ADMIN_PATH = '/usr/sbin:/usr/bin:/sbin:/bin'
 
 
-# ---------------------------------------------------------------------------------------------
-# Errors and log
+# --- Errors and log
 
 class WrapperError(Exception):
-    """Why no conversion was started: `problems`, pairs (subject, text), a line for the caller each.
+    """Why no conversion was started: `problems` are pairs (subject, text), each of them a line.
 
     The subject is the key, option or thing; the text says what was expected, or what happened.
     """
@@ -155,7 +156,7 @@ class RequestError(WrapperError):
 def os_text(error):
     """Return what OSError `error` says, without the name of a file in it."""
     known = os.strerror(error.errno) if error.errno else type(error).__name__
-    # Our own system calls put their name before it; subprocess of Python 3.6 a file's name behind.
+    # system_call() puts a name before it; the subprocess of Python 3.6 puts a file's name after it.
     text = error.strerror or known
     return text if text.endswith(known) else known
 
@@ -243,8 +244,7 @@ class Log:
 LOG = Log()
 
 
-# ---------------------------------------------------------------------------------------------
-# Request: bytes -> Request, or one error that lists everything that is wrong
+# --- Request: bytes -> Request, or one error that lists everything that is wrong
 
 class Secret:
     """A text that no message, log or repr shows."""
@@ -317,7 +317,7 @@ def _one_of(*values):
 
 _MANDATORY = object()
 
-# Key, default, what makes the field of its value, what is expected.
+# Key, default, the function that turns the value into the field, what is expected.
 _RULES = (
     ('vm_name', _MANDATORY, _text,
      'a non-empty string of at most 4096 bytes without control characters'),
@@ -337,7 +337,7 @@ Request = namedtuple('Request', [rule[0] for rule in _RULES] + ['unknown'])
 
 
 def _number(text):
-    """Numbers mean nothing to us, but 1e999 would be Infinity, which JSON has no more than NaN."""
+    """Numbers mean nothing to us, but 1e999 would become Infinity, which JSON has not, nor NaN."""
     number = float(text)
     if not float('-inf') < number < float('inf'):
         raise RequestError(('request', 'a number is out of range, or none'))
@@ -409,13 +409,12 @@ def read_request(fd):
     return parse_request(data)
 
 
-# ---------------------------------------------------------------------------------------------
-# Output: chunks -> lines -> events. Bytes until a field is taken out, and bounded memory.
+# --- Output: chunks -> lines -> events. Bytes until a field is taken out, and bounded memory.
 #
 # From 1.41.1 on virt-v2v sends JSON messages. There, a message says what happens, and the line of
 # the same text in the output says when: virt-v2v writes the message first. A phase line counts only
 # if its text was announced by a message, and once; copies count only in sequence; errors count from
-# the messages alone. Without messages the lines have to do.
+# the messages alone. Without messages, only the lines count.
 #
 # Nothing is believed while virt-v2v looks into the guest, because then the guest speaks in the log.
 # The exit status of virt-v2v alone decides whether the conversion succeeded.
@@ -525,7 +524,7 @@ class Parser:
 
     def __init__(self, has_messages):
         # Texts of phases, in bytes, whose message has come and whose line has not.
-        self._announced = OrderedDict() if has_messages else None
+        self._announced = deque(maxlen=MAX_ANNOUNCED) if has_messages else None
         self._stage = None
         self._begin(_OPENING)
         self._copies = 0        # how many have begun
@@ -547,9 +546,7 @@ class Parser:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None         # a message of another type, or none at all
         if name == 'phase' and event.value and self._announced is not None:
-            self._announced[text.strip('\n').partition('\n')[0].encode('utf-8', 'replace')] = text
-            if len(self._announced) > MAX_ANNOUNCED:
-                self._announced.popitem(last=False)
+            self._announced.append(text.strip('\n').partition('\n')[0].encode('utf-8', 'replace'))
         return event
 
     def output(self, chunk):
@@ -562,7 +559,7 @@ class Parser:
         if self._error is not None:
             events.append(Event('error', clean(self._error)))
         for text in list(self._announced or ()):
-            events += self._enter(text)
+            events += [event for event in self._enter(text) if event.name == 'disk']
         return events
 
     def _parse(self, lines):
@@ -605,7 +602,7 @@ class Parser:
             # A guest may know what will be announced; but its line never comes before the message.
             if text not in self._announced or number and number != self._copies + 1:
                 return []
-            del self._announced[text]
+            self._announced.remove(text)
         self._copies += bool(number)
         self._begin(next((stage for start, stage in _STAGES
                           if text.startswith(start.encode('ascii'))), _GUEST))
@@ -629,9 +626,7 @@ class Parser:
         return [] if goes_on else [Event('error', clean(text))]
 
 
-# ---------------------------------------------------------------------------------------------
-# Progress: events -> what is known -> the state document. Only this room knows the keys of the
-# state file.
+# --- Progress: events -> what is known -> the state document, whose keys only this room knows
 
 # What is fixed when virt-v2v has been executed. The names of the fields are keys of the state.
 Facts = namedtuple('Facts', 'pid wrapper_pid vm_name wrapper_log v2v_log started_at')
@@ -670,7 +665,7 @@ class Progress:
         self._count = (copying_disk(text) or (0, self._count))[1]
 
     def disk(self, number):
-        """The disk of this number begins to be copied."""
+        """The copying of the disk of this number begins."""
         self.idle(None)
         if number > max([0] + [disk.number for disk in self._disks]):
             for disk in self._disks:
@@ -688,7 +683,7 @@ class Progress:
         source = self._sources[number - 1:number]
         if source and source[0] not in taken:
             return Disk(number, source[0], sure=True)
-        # virt-v2v does not tell: it is the one of that number in the request, or one without name.
+        # virt-v2v does not tell: take the one of that number in the request, or make up a name.
         nth = self._listed[number - 1:number] + self._listed
         path = next((path for path in nth if path not in taken), 'disk {}'.format(number))
         while path in taken:            # a listed path may read "disk 2"
@@ -729,6 +724,10 @@ class Progress:
         """The new VM has this UUID."""
         self._vm_id = uuid
 
+    def is_copying(self):
+        """Say whether a disk is being copied."""
+        return self._current is not None
+
     def document(self, facts):
         """Return the state of a conversion that goes on."""
         percents = dict.fromkeys(self._listed, 0)
@@ -742,15 +741,9 @@ class Progress:
         error = self._error
         if error and self._causes and _POINTS_BACK.search(error):
             error = '{} ({})'.format(error, '; '.join(self._causes.values()))
-        return _with_message(state, error)
-
-
-def _with_message(state, text):
-    """Return `state` with `text` as its message, without any if that is None or empty."""
-    state = {key: value for key, value in state.items() if key != 'last_message'}
-    if text:
-        state['last_message'] = {'type': 'error', 'message': text}
-    return state
+        if error:
+            state['last_message'] = {'type': 'error', 'message': error}
+        return state
 
 
 def signal_name(number):
@@ -767,7 +760,8 @@ def finished_document(state, return_code, reason, stuck=()):
     `return_code` is virt-v2v's, None if it is not known; `reason` why the wrapper ended it, None
     if it did not; `stuck` are the processes that cannot be ended. Status 0 alone is success.
     """
-    error = state.get('last_message', {}).get('message')
+    state = dict(state)
+    error = state.pop('last_message', {}).get('message')
     if reason is None and return_code is None:
         reason = 'virt-v2v is gone, and nobody knows how it ended'
     elif reason is None and return_code < 0:
@@ -777,9 +771,9 @@ def finished_document(state, return_code, reason, stuck=()):
                   ' tells it to stop'.format(return_code))
     text = '{} ({})'.format(reason, error) if reason and error else reason or error
     if stuck:
-        text += '; not to be ended, as they sleep on storage that does not answer: ' + ', '.join(
-            stuck)
-    state = _with_message(state, None if return_code == 0 else text)
+        text += '; could not be killed, as they wait for storage: ' + ', '.join(stuck)
+    if return_code != 0:
+        state['last_message'] = {'type': 'error', 'message': text}
     if return_code is not None:
         state['return_code'] = return_code
     if return_code == 0:
@@ -791,14 +785,13 @@ def finished_document(state, return_code, reason, stuck=()):
     return state
 
 
-# ---------------------------------------------------------------------------------------------
-# Command: what to execute, in the words of the version that is there
+# --- Command: what to execute, in the words of the version that is there
 
 # Which of its spellings this virt-v2v knows: has it messages, has it -io, and how a password file
 # is named.
 Capabilities = namedtuple('Capabilities', 'messages io_option password_option')
 
-# The environment that virt-v2v gets of the caller's.
+# Those of the caller's variables that virt-v2v gets.
 _ENVIRONMENT = re.compile(rb'PATH|LIBGUESTFS_\w+|VIRTIO_WIN|(?:https?|ftp|all|no)_proxy'
                           rb'|(?:HTTPS?|FTP|ALL|NO)_PROXY')
 
@@ -817,7 +810,7 @@ def capabilities(ask):
     else:
         features = ask('--machine-readable') or []
         options = set(ask('--short-options') or []) | set(ask('--long-options') or [])
-    # Up to 2.7.15 it says rhv, later ovirt, where -o rhv goes on to work (select_output.ml).
+    # Up to 2.7.15 it says rhv, later ovirt, where -o rhv still works (select_output.ml).
     if not {'output:rhv', 'output:ovirt'} & set(features):
         raise HostError(('virt-v2v', 'this version cannot write to an oVirt export domain'
                                      ' (RHEL 10 has no -o rhv)'))
@@ -852,7 +845,7 @@ def make_arguments(capability, request, directory, libdir, password_fd, message_
 
 
 def make_environment(inherited, identity, scratch, cache):
-    """Return the environment of virt-v2v: what of `inherited` (bytes to bytes) is of use, and ours.
+    """Return virt-v2v's environment: the useful part of `inherited` (bytes to bytes), and ours.
 
     `scratch` is the directory for its temporary files, `cache` the one for libguestfs' appliance
     (both bytes). libguestfs puts its sockets below XDG_RUNTIME_DIR, or /tmp, where a killed run
@@ -870,8 +863,7 @@ def make_environment(inherited, identity, scratch, cache):
     return environment
 
 
-# ---------------------------------------------------------------------------------------------
-# Processes: thin layers above system calls. No JSON but on our own pipes, no parsing.
+# --- Processes: thin layers above system calls. No JSON but on our own pipes, no parsing.
 
 # Constants of the kernel that Python 3.6 has no names for.
 _CLONE_NEWNS = 0x00020000           # unshare(2)
@@ -903,7 +895,7 @@ def unblock_signals():
 def shed_inheritance():
     """Free this process of what its caller left to it, and of core dumps. Raises HostError."""
     for fd in range(3):
-        # Taken, so that no other file gets their numbers; but reading and writing go on to fail.
+        # Opened, so that no other file gets these numbers; reading and writing still fail.
         try:
             os.fstat(fd)
         except OSError:
@@ -947,8 +939,8 @@ def interruptible():
     """
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
@@ -1102,10 +1094,9 @@ def end_descendants(keep=None):
         time.sleep(0.002)
 
 
-# ---------------------------------------------------------------------------------------------
-# Places: who we are, which directories, which export domain
+# --- Places: who we are, which directories, which export domain
 
-# The directories that the caller chose, None where he did not.
+# The directories that the caller chose, None if not given.
 Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
 # What check_host has found: `virt_v2v` is a path (bytes), the directories are (path, descriptor).
 Host = namedtuple('Host', 'domain libdir virt_v2v log_dir state_dir')
@@ -1148,8 +1139,7 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
                 os.setgroups(sorted(groups))
             os.setresgid(self.gid, self.gid, self.gid)
             os.setresuid(self.uid, self.uid, self.uid)
-            with suppress(OSError):             # kernels before 4.3 have none
-                system_call('prctl', _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+            system_call('prctl', _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
             header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
             system_call('capset', header, (ctypes.c_uint32 * 6)())
             system_call('prctl', _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -1202,13 +1192,14 @@ Mount = namedtuple('Mount', 'id parent root point kind source options')
 
 
 def mount_at(path, mounts):
-    """Return the Mount that `path` shows: one that another is mounted over is not to be seen."""
+    """Return the Mount that is seen at `path`, where others may cover it, None if there is none."""
     on_the_way = [mount for mount in mounts
                   if (path + '/').startswith(mount.point.rstrip('/') + '/')]
     known = {mount.id for mount in mounts}
     # The parent of the first is not listed, or it is its own.
     inner = [mount for mount in on_the_way
              if mount.parent not in known or mount.parent == mount.id]
+    shown = None
     while inner:
         shown = min(inner, key=lambda mount: len(mount.point))
         inner = [mount for mount in on_the_way if mount.parent == shown.id and mount != shown]
@@ -1268,7 +1259,7 @@ def export_directory(spec):
 
 
 class ExportDomain:
-    """A directory that holds exactly one named by a UUID, which holds images/ and master/vms/."""
+    """A directory with exactly one in it named by a UUID, which holds images/ and master/vms/."""
 
     _UUID_LIKE = re.compile('.{8}-.{4}-.{4}-.{4}-.{12}', re.DOTALL)     # all that virt-v2v asks for
     _PARTS = ('images', 'master/vms')
@@ -1305,8 +1296,7 @@ class ExportDomain:
         return sorted(self._contents() - self._before)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files: exclusive creation, durable replacement, the lock, temporary files
+# --- Files: exclusive creation, durable replacement, the lock, temporary files
 
 def create_exclusively(name, mode, directory_fd):
     """Create file `name`, which must not exist, to append to. Returns a descriptor."""
@@ -1341,7 +1331,7 @@ class StateFile:
         """`directory` is the path, `fd` a descriptor of it; `stem` the name without its ending."""
         self.directory, self.fd, self.stem = directory, fd, stem
         self._name, self._lock_name = stem + '.state', stem + '.lock'
-        # Nobody else has this name, so what a killed process of this job left there may go.
+        # Nobody else has this name, so a file that a killed process left there can be removed.
         self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
         self._lock = self._scratch = None
 
@@ -1408,7 +1398,6 @@ class StateFile:
         If it need not be `durable`, the kernel writes it to the disk when it likes.
         """
         text = json.dumps(document, indent=2, ensure_ascii=False) + '\n'
-        remove(self._temporary, self.fd)
         try:
             self._create_temporary(text.encode('utf-8', 'backslashreplace'), durable)
             os.rename(self._temporary, self._name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -1434,7 +1423,7 @@ class StateFile:
             os.close(fd)
 
     def _open_anew(self):
-        """The directory was removed: have it back, for the next write."""
+        """The directory was removed: make it again, for the next write."""
         fd = open_private_directory(self.directory)
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
@@ -1493,15 +1482,15 @@ def cache_directory(scratch):
 
 def remove_tree(path):
     """Remove directory `path` (bytes) and all in it, as far as possible. It need not exist."""
-    import shutil           # takes as long as half a start, and is needed when all is over
-    # As str: Python 3.6 mixes both kinds when it is given bytes.
-    shutil.rmtree(os.fsdecode(path), ignore_errors=True)
+    with suppress(ImportError):     # no descriptor left to read the module with
+        import shutil       # importing it takes half as long as a start, and that is all over
+        # As str: Python 3.6 mixes both kinds when it is given bytes.
+        shutil.rmtree(os.fsdecode(path), ignore_errors=True)
     if os.path.lexists(path):
         LOG.write('WARNING', 'temporary files are left in {}', os.fsdecode(path))
 
 
-# ---------------------------------------------------------------------------------------------
-# Job: what guardian and monitor share
+# --- Job: what guardian and monitor share
 
 # All that a job needs; made whole, before the monitor is forked. `secret` is the descriptor of the
 # password, `output` and `messages` are Pipes, `paths` what the caller is told.
@@ -1522,7 +1511,6 @@ def conclude(job, pid, read_on, document, reason):
         try:
             stuck = end_descendants(keep=pid)
             read_on()           # now nobody writes any more
-            remove_tree(job.scratch)
             with suppress(ChildProcessError):
                 return_code = ending_of(pid)
             state = document()
@@ -1530,16 +1518,17 @@ def conclude(job, pid, read_on, document, reason):
                 job.state.write(finished_document(state, return_code, reason, stuck), durable=True)
             LOG.write('INFO', 'virt-v2v ended with {}', return_code)
             if stuck:
-                LOG.write('WARNING', 'not to be ended: {}', ', '.join(stuck))
+                LOG.write('WARNING', 'could not be killed: {}', ', '.join(stuck))
             break
         except (OSError, HostError) as error:
             if time.monotonic() >= complain:
                 LOG.write('ERROR', 'the end could not be published, trying again: {}', where(error))
                 complain = time.monotonic() + 60
         time.sleep(PUBLISH_RETRY)
+    else:
+        LOG.write('ERROR', 'the end could not be published')
+    remove_tree(job.scratch)
     job.state.release()
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)     # not before: until now nobody else could get its ID
     # Not before: the export domain may be what hangs.
     if return_code != 0:
         for path in job.host.domain.new():
@@ -1581,14 +1570,13 @@ def _end_if_dead(state_file):
         reason = ('all processes of the wrapper were killed, or the host was restarted; the state'
                   ' was last written at {}'.format(state.get('updated_at')))
         state_file.write(finished_document(state, None, reason), durable=True)
-    for name in os.listdir(state_file.fd):
-        if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
-            remove(name, state_file.fd)
+        for name in os.listdir(state_file.fd):
+            if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
+                remove(name, state_file.fd)
     state_file.release()
 
 
-# ---------------------------------------------------------------------------------------------
-# Monitor: executes virt-v2v, follows it, publishes its end
+# --- Monitor: executes virt-v2v, follows it, publishes its end
 
 # Events that a reader of the state file should see at once, and after a power loss.
 _TRANSITIONS = {'phase', 'disk', 'opened', 'vm_id', 'error'}
@@ -1608,7 +1596,8 @@ def monitor(job, report, answer):
     except Exception as error:
         report.send(problems_of(error))
         return 1                        # virt-v2v, if it was executed, is killed with us
-    report.send(conversion.facts._asdict())
+    with suppress(OSError):             # the guardian is gone: the launcher has us stop
+        report.send(conversion.facts._asdict())
     os.close(report.writer)
     threading.Thread(target=conversion.take_signals, daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
@@ -1632,6 +1621,7 @@ class Conversion:
         self._mishaps = 0
         self._news = self._urgent = self._failing = False
         self._publish_at = 0.0          # not before, unless it is urgent
+        self._gather_interval = GATHER_INTERVAL
         self._wake_reader, self._wake_writer = os.pipe()
         self._pid = self._execute()
         self.facts = Facts(self._pid, os.getpid(), job.request.vm_name, job.paths['wrapper_log'],
@@ -1702,7 +1692,7 @@ class Conversion:
                 # A killed one may be asleep on a dead server, and never end.
                 ended = self._killed or ending_of(self._pid) is not None
             elif not more:
-                time.sleep(GATHER_INTERVAL)
+                time.sleep(self._gather_interval)
             more = self._read()
             self._publish()
         if self._killed:
@@ -1735,6 +1725,8 @@ class Conversion:
                 if event.name in ('phase', 'warning', 'error'):
                     LOG.write('INFO' if event.name == 'phase' else 'WARNING', 'virt-v2v: {}',
                               event.value)
+            self._gather_interval = (GATHER_INTERVAL_COPYING if self._progress.is_copying()
+                                     else GATHER_INTERVAL)
         except Exception as error:      # a mistake of ours is no reason to lose a conversion
             self._mishaps += 1
             if self._mishaps <= 10:
@@ -1757,8 +1749,7 @@ class Conversion:
             self._publish_at = now + PUBLISH_INTERVAL
 
 
-# ---------------------------------------------------------------------------------------------
-# Guardian: prepares the job, and ends it if the monitor is killed
+# --- Guardian: prepares the job, and ends it if the monitor is killed
 
 def guard(request, options, identity, directory, problems, answer):
     """Be the guardian. Answers with the paths, or with problems. Returns an exit status.
@@ -1799,10 +1790,11 @@ def guard(request, options, identity, directory, problems, answer):
         number = signal.sigwait(_STOP_SIGNALS | {signal.SIGCHLD})
         if number != signal.SIGCHLD:
             kill(monitor_pid, number)           # which tells virt-v2v
-    status = ending_of(monitor_pid)
-    os.waitpid(monitor_pid, 0)
-    if status != 0:
-        take_over(job, facts, status)
+    if ending_of(monitor_pid) != 0:
+        end_for_monitor(job, facts, ending_of(monitor_pid))
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass                                # who reaps our children may be no init at all
     return 0
 
 
@@ -1912,7 +1904,7 @@ def create_files(undo, scratch, host):
     raise HostError((log_dir, 'all names for a job are taken'))
 
 
-def take_over(job, facts, status):
+def end_for_monitor(job, facts, status):
     """The monitor was killed, or failed: end the job."""
     reason = 'the wrapper failed, see its log'
     if status < 0:
@@ -1928,8 +1920,7 @@ def take_over(job, facts, status):
     conclude(job, facts.pid, read_on, document, reason)
 
 
-# ---------------------------------------------------------------------------------------------
-# Launcher: what only root, or only the caller's own process, can do
+# --- Launcher: what only root, or only the caller's own process, can do
 
 def launch(request, options):
     """Start the job. Returns what the caller is told, a dict, and the guardian's process ID.
@@ -1960,8 +1951,7 @@ def launch(request, options):
         end_guardian(guardian_pid, PRINT_PATIENCE)
         raise HostError((told, 'does not answer')) from None
     if told is None:
-        # The guardian was killed. Where there is a monitor, it is in the guardian's group.
-        kill(-guardian_pid, signal.SIGTERM)
+        end_guardian(guardian_pid, 0)   # it was killed
     return expect_success(told), guardian_pid
 
 
@@ -1969,15 +1959,14 @@ def end_guardian(pid, patience):
     """Have the guardian end the job, and wait for that; kill it if it has not gone in time."""
     kill(pid, signal.SIGTERM)
     give_up = time.monotonic() + patience
-    while ending_of(pid) is None:
-        if time.monotonic() > give_up:
-            return kill(pid, signal.SIGKILL)
+    while ending_of(pid) is None and time.monotonic() < give_up:
         time.sleep(0.01)
-    return None
+    if ending_of(pid) != 0:
+        kill(pid, signal.SIGKILL)
+        kill(-pid, signal.SIGTERM)      # where there is a monitor, it is in this group
 
 
-# ---------------------------------------------------------------------------------------------
-# Main: arguments, what is printed, exit status
+# --- Main: arguments, what is printed, exit status
 
 _DESCRIPTION = """\
 Start the conversion of a VMware guest for oVirt with virt-v2v. The request is a JSON object on
@@ -1999,7 +1988,7 @@ def parse_arguments(arguments):
     """Return the Options in `arguments`. Raises WrapperError; --help and --version exit."""
     if not arguments:
         return Options(None, None, None)
-    import argparse         # costs a tenth of a start, and hardly any has arguments
+    import argparse         # costs a tenth of a start, and few have arguments
 
     def directory(value):
         with blaming('working directory'):
@@ -2052,7 +2041,8 @@ def main(arguments=None):
         status = getattr(error, 'status', EXIT_HOST)
         with suppress(OSError):
             for problem in problems_of(error):
-                print_line(2, '{}: error: {}: {}'.format(PROGRAM, *problem))
+                text = '{}: error: {}: {}'.format(PROGRAM, *problem)
+                print_line(2, _UNPRINTABLE.sub('?', text))
         return status
 
 

@@ -17,7 +17,7 @@ with open(SCRIPT, encoding='utf-8') as stream:
 def rooms():
     """Return {name of a room: syntax trees of what is in it}, in the order of the script."""
     starts = [(SOURCE.count('\n', 0, match.end()), match.group(1))
-              for match in re.finditer(r'^# -{20,}\n# (\w+)', SOURCE, re.MULTILINE)]
+              for match in re.finditer(r'^# --- (\w+)', SOURCE, re.MULTILINE)]
     found = collections.OrderedDict((name, []) for _, name in starts)
     for node in ast.parse(SOURCE).body:
         names = [name for line, name in starts if line < node.lineno]

@@ -281,7 +281,7 @@ def test_of_several_errors_the_last_one_counts():
 def test_a_failure_names_the_processes_that_cannot_be_ended(return_code, reason, begin):
     state = finished_document(document([]), return_code, reason, ['nbdkit (7)', 'nbdcopy (8)'])
     assert message(state) == begin + (
-        '; not to be ended, as they sleep on storage that does not answer: nbdkit (7), nbdcopy (8)')
+        '; could not be killed, as they wait for storage: nbdkit (7), nbdcopy (8)')
 
 
 @pytest.mark.parametrize('reason', [None, 'r'])
