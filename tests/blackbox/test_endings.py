@@ -556,8 +556,13 @@ def system_calls(wrapper):
 
 def ended_by_the_next_start(wrapper, job):
     """Start a job that ends at once; return the message with which it has ended a dead one."""
+    def is_ended():
+        with open(job.paths.state_file) as stream:      # which may not be JSON yet
+            return '"finished": true' in stream.read()
+
     wrapper.virt_v2v.play(leave(0))
-    wrapper.start().wait_finished()
+    wrapper.start()
+    eventually(is_ended, 'the ending is published')
     state = ended(wrapper, job)
     assert (state['failed'], 'return_code' in state) == (True, False)
     return last_message(state)

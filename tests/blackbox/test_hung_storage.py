@@ -273,6 +273,7 @@ def test_a_wrapper_that_sleeps_over_its_files_can_be_stopped(wrapper, storage, o
     wait_ended(virt_v2v)
     storage.release()
     state = wait_finished(job)
+    wrapper.wait_gone()
     assert last_message(state) == 'the wrapper was told to stop by SIGTERM'
 
 
@@ -280,9 +281,9 @@ def test_a_wrapper_that_sleeps_over_its_files_can_be_stopped(wrapper, storage, o
 @pytest.mark.parametrize('option', ['--log-dir', '--state-dir'])
 def test_killed_while_it_sleeps_its_end_is_published_later(wrapper, storage, option):
     """Nothing ends a process that sleeps; but when it goes, its guardian sees that."""
-    job, virt_v2v, found = start_talkative(wrapper, storage, option)
+    job, _, found = start_talkative(wrapper, storage, option)
     os.kill(found['monitor'], signal.SIGKILL)
     storage.release()
     state = wait_finished(job)
+    wrapper.wait_gone()
     assert last_message(state).startswith('the wrapper was killed by SIGKILL')
-    assert not is_running(virt_v2v)
