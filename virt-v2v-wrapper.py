@@ -450,9 +450,7 @@ _STAGES = (
 _LEGACY = 'legacy'
 _TRUSTED = {_OPENING, _TARGET, _COPYING, _METADATA}
 
-_PHASE_LINE = re.compile(rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)')      # "[%6.1f] %s"
-_PHASE_START = re.compile(rb'[\n\r]\[ *[0-9]{1,9}\.[0-9]\] ')    # kernels show more decimals
-_COPYING_DISK = re.compile(r'Copying disk ([0-9]{1,3})/([0-9]{1,3})(?![0-9])')
+_PHASE_LINE = rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)'      # "[%6.1f] %s"; kernels show more decimals
 
 
 # What is understood: the stages in which a line may be believed, a literal to find it by, the
@@ -514,7 +512,7 @@ class Lines:
 
 def copying_disk(text):
     """Return (number, count) if phase `text` is of a disk being copied, else None."""
-    match = _COPYING_DISK.match(text)
+    match = re.match(r'Copying disk ([0-9]{1,3})/([0-9]{1,3})(?![0-9])', text)
     number, count = map(int, match.groups()) if match else (0, 0)
     return (number, count) if 1 <= number <= count else None
 
@@ -576,7 +574,7 @@ class Parser:
         if any(row.literal in lines for row in self._rows):
             return True
         if self._announced is None:
-            return _PHASE_START.search(lines)
+            return re.search(b'[\n\r]' + _PHASE_LINE, lines)
         return ((b'\n[' in lines or b'\r[' in lines)
                 and any(text in lines for text in self._announced))
 
@@ -585,7 +583,7 @@ class Parser:
         if self._error is not None:
             return self._error_line(line)
         if line[:1] == b'[':
-            match = _PHASE_LINE.fullmatch(line)
+            match = re.fullmatch(_PHASE_LINE, line)
             return self._enter(match.group(1)) if match else []
         for row in self._rows:
             match = row.literal in line and re.fullmatch(row.pattern, line)
@@ -630,8 +628,6 @@ class Parser:
 
 # What is fixed when virt-v2v has been executed. The names of the fields are keys of the state.
 Facts = namedtuple('Facts', 'pid wrapper_pid vm_name wrapper_log v2v_log started_at')
-
-_POINTS_BACK = re.compile(r'see (?:earlier|previous)', re.IGNORECASE)
 
 
 class Disk:
@@ -739,7 +735,7 @@ class Progress:
         state.update((key, value) for key, value in (
             ('phase', self._phase), ('vm_id', self._vm_id)) if value is not None)
         error = self._error
-        if error and self._causes and _POINTS_BACK.search(error):
+        if error and self._causes and re.search('(?i)see (?:earlier|previous)', error):
             error = '{} ({})'.format(error, '; '.join(self._causes.values()))
         if error:
             state['last_message'] = {'type': 'error', 'message': error}
@@ -1187,7 +1183,6 @@ def open_private_directory(path):
                            ' and that nobody else may write to'))
 
 
-_OCTAL = re.compile(r'\\([0-7]{3})')
 Mount = namedtuple('Mount', 'id parent root point kind source options')
 
 
@@ -1217,8 +1212,9 @@ def find_nfs_mount(spec, mountinfo):
         left, _, right = line.partition(' - ')
         fields, more = left.split(' '), right.split(' ')
         if len(fields) >= 6 and len(more) >= 3:
-            root, point, source = (_OCTAL.sub(lambda match: chr(int(match.group(1), 8)), name)
-                                   for name in (fields[3], fields[4], more[1]))
+            root, point, source = (
+                re.sub(r'\\([0-7]{3})', lambda match: chr(int(match.group(1), 8)), name)
+                for name in (fields[3], fields[4], more[1]))
             mounts.append(Mount(fields[0], fields[1], root, point, more[0], source,
                                 fields[5].split(',') + more[2].split(',')))
     found = [mount.point for mount in mounts
@@ -1261,7 +1257,6 @@ def export_directory(spec):
 class ExportDomain:
     """A directory with exactly one in it named by a UUID, which holds images/ and master/vms/."""
 
-    _UUID_LIKE = re.compile('.{8}-.{4}-.{4}-.{4}-.{12}', re.DOTALL)     # all that virt-v2v asks for
     _PARTS = ('images', 'master/vms')
 
     def __init__(self, directory):
@@ -1270,7 +1265,8 @@ class ExportDomain:
         if ':/' in directory:
             raise HostError((subject, 'virt-v2v takes a path with ":/" in it for an NFS export'))
         with blaming(subject):
-            uuids = list(filter(self._UUID_LIKE.fullmatch, os.listdir(directory)))
+            uuids = [name for name in os.listdir(directory)
+                     if re.fullmatch('(?s).{8}-.{4}-.{4}-.{4}-.{12}', name)]    # to virt-v2v
         if len(uuids) != 1:
             raise HostError((subject, 'expected exactly one directory named by a UUID in it, found'
                                       ' {}'.format(len(uuids))))
@@ -1340,8 +1336,8 @@ class StateFile:
         """Where it is."""
         return os.path.join(self.directory, self._name)
 
-    def take(self, scratch):
-        """Take the name for a new job with temporary directory `scratch` (bytes), and lock it.
+    def claim(self, scratch):
+        """Claim the name for a new job with temporary directory `scratch` (bytes), and lock it.
 
         Raises FileExistsError if it is taken; OSError.
         """
@@ -1358,7 +1354,7 @@ class StateFile:
         finally:
             remove(self._temporary, self.fd)
 
-    def take_over(self):
+    def lock_if_dead(self):
         """Lock the lock file of a job that may be dead.
 
         Returns its temporary directory (bytes), b'' if there is no lock file. Raises
@@ -1376,7 +1372,7 @@ class StateFile:
         remove(self._lock_name, self.fd)
 
     def close(self):
-        """Unlock what take_over has locked."""
+        """Unlock what lock_if_dead has locked."""
         if self._lock is not None:
             os.close(self._lock)
 
@@ -1428,7 +1424,7 @@ class StateFile:
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         with suppress(FileExistsError):
-            self.take(self._scratch)
+            self.claim(self._scratch)
 
     def discard(self):
         """Remove state file and lock, of a job that nobody was told of. Raises OSError."""
@@ -1457,9 +1453,6 @@ class OutputLog:
             if not self._lost:
                 LOG.write('WARNING', 'virt-v2v log: {}', os_text(error))
             self._lost += len(data) - (0 if self._lost else error.written)
-
-
-_SCRATCH = re.compile(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}')
 
 
 def cache_directory(scratch):
@@ -1496,8 +1489,6 @@ def remove_tree(path):
 # password, `output` and `messages` are Pipes, `paths` what the caller is told.
 Job = namedtuple('Job', 'request host capability environment secret scratch output messages'
                         ' output_log state paths')
-
-_STEM = re.compile('v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?')
 
 
 def conclude(job, pid, read_on, document, reason):
@@ -1541,7 +1532,7 @@ def end_dead_jobs(own):
     names = set(os.listdir(own.fd))
     for name in sorted(names):
         stem, ending = os.path.splitext(name)
-        if not _STEM.fullmatch(stem) or not (
+        if not re.fullmatch('v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?', stem) or not (
                 ending == '.lock' or ending == '.state' and stem + '.lock' not in names):
             continue
         state_file = StateFile(own.directory, own.fd, stem)
@@ -1556,8 +1547,8 @@ def end_dead_jobs(own):
 
 
 def _end_if_dead(state_file):
-    scratch = state_file.take_over()
-    if _SCRATCH.fullmatch(scratch):
+    scratch = state_file.lock_if_dead()
+    if re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
         # What is left of the job has this in its environment, and nothing else has.
         for name in filter(str.isdigit, os.listdir('/proc')):
             with suppress(OSError), open('/proc/{}/environ'.format(name), 'rb') as stream:
@@ -1889,7 +1880,7 @@ def create_files(undo, scratch, host):
         state, logs = StateFile(state_dir, state_fd, name), (name + '-wrapper.log', name + '.log')
         with ExitStack() as made, blaming('logs and state file'):
             try:
-                state.take(scratch)
+                state.claim(scratch)
                 made.callback(state.discard)
                 descriptors = []
                 for log in logs:
@@ -1905,7 +1896,7 @@ def create_files(undo, scratch, host):
 
 
 def end_for_monitor(job, facts, status):
-    """The monitor was killed, or failed: end the job."""
+    """End the job, whose monitor was killed or failed with `status`."""
     reason = 'the wrapper failed, see its log'
     if status < 0:
         reason = 'the wrapper was killed by ' + signal_name(-status)
