@@ -3,6 +3,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from blackbox import become
 from eventually import eventually
-from faults import guardian
+from faults import guardian, strace
 from jobs import is_running, kill_wrapper, wait_ended
 from virt_v2v import (
     DISKS, bar, copying, daemon, error, ignore, leave, phase, reach, source, wait)
@@ -122,6 +123,16 @@ def test_no_job_that_goes_on_ever_looks_dead(wrapper, killed):
         assert not looks_dead or 'finished' in state
         return looks_dead
     eventually(over, 'it is over')
+
+
+def test_a_lock_is_locked_before_it_has_its_name(wrapper):
+    log, command = os.path.join(wrapper.home, 'calls'), wrapper.command
+    prefix = [strace(), '-f', '-o', log, '-e', 'trace=flock,linkat', '--']
+    wrapper.command = lambda *arguments: prefix + command(*arguments)
+    wrapper.start().wait_finished()
+    with open(log) as stream:
+        calls = re.findall('(flock|linkat)[(]', stream.read())
+    assert calls[:2] == ['flock', 'linkat']
 
 
 # --- the next start ----------------------------------------------------------------------
@@ -248,3 +259,45 @@ def test_rubbish_in_the_place_of_a_lock_disturbs_no_start(wrapper, kind, state):
     with next_start(wrapper):
         pass
     wrapper.wait_gone()
+
+
+def rubbish(wrapper, kind):
+    """Have rubbish in the place of a lock, which is looked at before others; return its path."""
+    path = os.path.join(wrapper.state_dir, 'v2v-import-20200101T000000-1.lock')
+    RUBBISH[kind](path)
+    os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid, follow_symlinks=False)
+    return path
+
+
+@pytest.mark.parametrize('kind', sorted(RUBBISH))
+def test_rubbish_in_the_place_of_a_lock_holds_up_no_other_end(wrapper, dead, kind):
+    rubbish(wrapper, kind)
+    with next_start(wrapper):
+        assert wait_dealt_with(dead)['failed'] is True
+
+
+def test_a_pipe_in_the_place_of_a_lock_stays(wrapper, dead):
+    path = rubbish(wrapper, 'a pipe')
+    with next_start(wrapper):
+        wait_dealt_with(dead)
+    assert stat.S_ISFIFO(os.stat(path).st_mode)
+
+
+def test_a_job_that_cannot_be_ended_is_not_kept_locked(wrapper, dead):
+    """Its state cannot be read; who asks for its lock is not to believe that it lives."""
+    path = rubbish(wrapper, 'nothing')
+    os.mkdir(path.replace('.lock', '.state'))
+    with next_start(wrapper):
+        wait_dealt_with(dead)
+        with open(path) as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize('name', ['other.lock', 'v2v-import-20200101T000000-1-copy.lock'])
+def test_a_file_that_is_no_job_s_lock_stays(wrapper, dead, name):
+    path = os.path.join(wrapper.state_dir, name)
+    write(path, b'')
+    os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    with next_start(wrapper):
+        wait_dealt_with(dead)
+    assert os.path.exists(path)

@@ -602,7 +602,7 @@ def test_the_next_start_leaves_living_jobs_alone(wrapper):
     assert ended(wrapper, job)['return_code'] == 0
 
 
-@pytest.mark.parametrize('damage', ['', '{"started": true', '[1]', '{"disks": 1}'])
+@pytest.mark.parametrize('damage', ['', '{"started": true', '[1]', '{"disks": 1}', '{}'])
 def test_an_ending_is_published_in_a_damaged_state(wrapper, damage):
     """As a power loss may leave it."""
     job = wrapper.start_waiting()

@@ -547,3 +547,16 @@ def test_a_directory_that_an_access_list_opens_is_refused(wrapper):
     if subprocess.call([acl_tool(), '-m', 'u:daemon:rwx', wrapper.state_dir]) != 0:
         pytest.skip('this file system has no access lists')
     assert_refused(wrapper, '{}: {}'.format(wrapper.state_dir, FOREIGN_TEXT))
+
+
+def test_a_wrapper_killed_after_its_first_state_leaves_no_file(wrapper):
+    tamper(wrapper, """
+def write(*arguments, real=module.StateFile.write, **keywords):
+    real(*arguments, **keywords)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+module.StateFile.write = write""")
+    assert wrapper.start().status == 1
+    wrapper.wait_gone()
+    assert os.listdir(wrapper.state_dir) == []

@@ -12,7 +12,7 @@ from blackbox import become, interpreter_for
 from eventually import eventually
 from faults import Disk, FailingCall, disk, guardian, last_message, tamper, traced
 from jobs import is_running, wait_ended
-from virt_v2v import json_message, reach
+from virt_v2v import json_message, phase, reach, wait
 
 pytestmark = pytest.mark.promise(3)
 
@@ -146,6 +146,30 @@ def test_a_state_directory_made_anew_gets_what_follows(wrapper):
     state = eventually(lambda: os.path.exists(job.paths.state_file) and job.wait_finished(),
                        'there is a state')
     assert (state['return_code'], 'failed' in state) == (0, False)
+
+
+def test_a_state_directory_of_others_put_right_gets_the_end(wrapper):
+    tamper(wrapper, 'module.PUBLISH_RETRY = 0.1')
+    job = wrapper.start_waiting()
+    make_anew(wrapper, 0o777)
+    wrapper.virt_v2v.let('end')
+    eventually(lambda: b'could not be published' in job.log('wrapper_log'), 'it was tried')
+    os.chmod(wrapper.state_dir, 0o755)
+    eventually(lambda: os.path.exists(job.paths.state_file), 'there is a state')
+    assert job.wait_finished()['return_code'] == 0
+
+
+def test_in_a_state_directory_made_anew_a_job_is_alive(wrapper):
+    tamper(wrapper, 'module.PUBLISH_RETRY = 0.1')
+    wrapper.virt_v2v.play(wait('go'), phase('Over'), wait('end'))
+    job = wrapper.start()
+    make_anew(wrapper)
+    wrapper.virt_v2v.let('go')
+    eventually(lambda: os.path.exists(job.paths.state_file), 'there is a state')
+    alive = job.is_alive()
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    assert alive
 
 
 @pytest.mark.parametrize('mode, owner', [(0o777, None), (0o775, None), (0o755, 0)])

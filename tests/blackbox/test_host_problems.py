@@ -246,7 +246,8 @@ def test_a_cache_that_somebody_else_has_taken_does_no_harm(wrapper):
 
 
 @pytest.mark.promise(9)
-@pytest.mark.parametrize('how', ['somebody else', 'a link', 'open to others'])
+@pytest.mark.parametrize('how', [
+    'somebody else', 'a link', 'a link to ours', 'open to others', 'shown to others'])
 def test_a_cache_that_is_not_ours_alone_is_not_used(wrapper, how):
     need_namespaces()
     directory, prepare = namespaces.own_scratch(wrapper)
@@ -255,11 +256,14 @@ def test_a_cache_that_is_not_ours_alone_is_not_used(wrapper, how):
     if how == 'a link':
         taken_by(wrapper, taken + '-real')
         os.symlink(taken + '-real', taken)
+    elif how == 'a link to ours':
+        os.symlink(wrapper.home, taken)
+        os.chmod(wrapper.home, 0o700)
     elif how == 'somebody else':
         taken_by(wrapper, taken)
     else:
         os.mkdir(taken)
-        os.chmod(taken, 0o777)
+        os.chmod(taken, 0o777 if how == 'open to others' else 0o755)
         os.chown(taken, wrapper.user.pw_uid, wrapper.user.pw_gid)
     path, owner = run_with_scratch(wrapper, directory, prepare)
     assert path != taken

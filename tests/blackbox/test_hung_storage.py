@@ -92,6 +92,14 @@ def test_a_process_that_cannot_be_ended_is_named(sleeping, number):
     assert re.search(r'\b%d\b' % process, message) and name in message
 
 
+def test_a_process_that_cannot_be_ended_is_in_the_log(sleeping):
+    process = child(sleeping)
+    os.kill(sleeping.state()['wrapper_pid'], signal.SIGTERM)
+    wait_finished(sleeping)
+    eventually(lambda: re.search(br'WARNING not to be ended: .*\(%d\)' % process,
+                                 sleeping.log('wrapper_log')), 'the log names it')
+
+
 @pytest.mark.promise(4)
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_the_wrapper_goes_while_a_child_sleeps(wrapper, sleeping, number):

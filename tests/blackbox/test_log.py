@@ -94,6 +94,15 @@ def test_a_failing_log_disk_costs_output_only(wrapper):
     assert_complete_but_for_what_it_says(conversion.work(writing.work))
 
 
+def test_a_log_disk_that_goes_on_failing_is_one_record(wrapper):
+    conversion = Conversion(wrapper)
+    job = conversion.job
+    writing = FailingCall(job.state()['wrapper_pid'], 'write', 'EIO', paths=[job.paths.v2v_log])
+    conversion.fail(writing.fail)
+    conversion.work(writing.work)
+    assert job.log('wrapper_log').count(b'virt-v2v log: Input/output error') == 1
+
+
 def test_a_log_at_its_size_limit_costs_output_only(wrapper):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))

@@ -74,6 +74,24 @@ def test_no_id_of_root_that_is_not_effective_gets_to_a_job(
     assert_nothing_of_root(wrapper)
 
 
+def test_a_group_of_root_that_cannot_be_left_is_named(wrapper):
+    need_root()
+    user = wrapper.user
+    tamper(wrapper, 'os.setgroups([0])\nos.setgid(%d)\nos.setuid(%d)' % (user.pw_gid, user.pw_uid))
+    wrapper.caller = pwd.getpwuid(0)
+    assert b'group 0' in wrapper.start().stderr
+
+
+def test_an_ordinary_user_stays_in_the_group_he_changed_to(wrapper):
+    """As newgrp changes it; the user database has another one."""
+    need_root()
+    user, group = wrapper.user, wrapper.user.pw_gid - 1
+    tamper(wrapper, 'os.setgroups([])\nos.setgid(%d)\nos.setuid(%d)' % (group, user.pw_uid))
+    wrapper.caller = pwd.getpwuid(0)
+    wrapper.start().wait_finished()
+    assert wrapper.recorded().status['Gid'].split() == [str(group)] * 4
+
+
 # --- capabilities ------------------------------------------------------------------------
 
 def test_no_ambient_capability_gets_to_a_job(wrapper):

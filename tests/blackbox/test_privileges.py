@@ -143,7 +143,7 @@ def test_if_a_step_of_the_change_fails_nothing_is_started(root_wrapper, call):
                             % name)
 
 
-@pytest.mark.parametrize('call', ['setgroups', 'setresgid', 'setresuid', 'capset'])
+@pytest.mark.parametrize('call', ['setgroups', 'setresgid', 'setresuid', 'capset', 'prctl'])
 def test_if_a_step_of_the_change_is_void_nothing_is_started(root_wrapper, call):
     """The system call says that it worked, and did not."""
     under_strace(root_wrapper, '-e', 'inject=%s:retval=0' % call)

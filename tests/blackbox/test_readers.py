@@ -24,6 +24,7 @@ READER = """\
 import json
 import sys
 
+print('reading', flush=True)
 seen = set()
 while True:
     with open(sys.argv[1], 'rb') as stream:
@@ -45,6 +46,7 @@ def reader(path):
     process = subprocess.Popen([sys.executable, '-I', '-S', '-c', READER, path],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
+        assert process.stdout.readline() == b'reading\n'
         yield
         stdout, stderr = process.communicate(timeout=60)
     finally:

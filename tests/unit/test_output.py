@@ -337,6 +337,13 @@ def test_what_is_glued_to_a_bar_by_a_return_is_a_line_of_its_own(text, expected)
     assert legacy(COPYING).output(data) == [('percent', 44)] + expected
 
 
+def test_a_phase_may_be_read_after_the_return_behind_a_bar():
+    parser = modern(COPYING)
+    parser.messages(json_message(METADATA))
+    parser.output(b'    (44.00/100%)\r')
+    assert parser.output(phase_line(METADATA)) == [('idle', None)]
+
+
 def test_a_line_ends_with_the_output_if_nothing_else_ends_it():
     parser = legacy(COPYING)
     assert parser.output(b'    (44.00/100%)') == []
@@ -439,6 +446,11 @@ def test_the_line_after_a_very_long_one_is_read(end):
 def test_of_a_very_long_line_the_beginning_counts(excess, end):
     data = b'virt-v2v: error: ' + b'x' * (MAX_LINE + excess) + end
     assert in_chunks(legacy(COPYING), data) == [('error', 'x' * MAX_MESSAGE)]
+
+
+def test_what_comes_late_in_a_very_long_line_is_passed_over():
+    command = vddk_command('[ds] vm/vm.vmdk', before="'nbdkit' " + 'x' * MAX_LINE)
+    assert modern(OPENING).output(line(command)) == []
 
 
 def test_a_message_after_a_very_long_line_is_read():
@@ -564,6 +576,11 @@ def test_noise_is_neither_an_error_nor_a_cause(events, phase, text):
 @pytest.mark.parametrize('events', [in_modern, in_legacy])
 def test_what_a_program_below_complains_of_is_a_cause(events, phase, text):
     assert events(phase, text) == [('cause', text)]
+
+
+@pytest.mark.parametrize('phase', [OPENING, COPYING, METADATA])
+def test_mount_complains_of_nothing_but_the_export_domain(phase):
+    assert modern(phase).output(line('mount.nfs: access denied')) == []
 
 
 @pytest.mark.parametrize('text', [

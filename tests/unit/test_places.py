@@ -216,11 +216,12 @@ def open_directory():
     shutil.rmtree(path)
 
 
+@pytest.mark.parametrize('bits', [0o555, 0o666])
 @pytest.mark.parametrize('part', ['', 'images', 'master/vms'])
-def test_a_domain_that_cannot_be_written_to_is_refused(open_directory, part):
+def test_a_domain_that_cannot_be_written_to_is_refused(open_directory, part, bits):
     root = make_domain(open_directory)
     for name in ('', 'images', 'master', 'master/vms'):
-        os.chmod(os.path.join(root, name), 0o555 if name == part else 0o777)
+        os.chmod(os.path.join(root, name), bits if name == part else 0o777)
     with without_privileges():
         problems = refusal(ExportDomain, open_directory)
     os.chmod(os.path.join(root, part), 0o755)
