@@ -293,6 +293,13 @@ def test_a_job_that_cannot_be_ended_is_not_kept_locked(wrapper, dead):
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+def test_a_job_killed_before_its_first_state_leaves_no_lock(wrapper, dead):
+    path = rubbish(wrapper, 'nothing')
+    with next_start(wrapper):
+        wait_dealt_with(dead)
+        eventually(lambda: not os.path.exists(path), 'the lock is gone')
+
+
 @pytest.mark.parametrize('name', ['other.lock', 'v2v-import-20200101T000000-1-copy.lock'])
 def test_a_file_that_is_no_job_s_lock_stays(wrapper, dead, name):
     path = os.path.join(wrapper.state_dir, name)

@@ -8,9 +8,10 @@ from faults import guardian
 
 
 def is_running(process):
-    """Say whether a process is there and has not ended."""
+    """Say whether a process is there and has not ended, with all its threads."""
     try:
-        return processes.state(process) not in 'ZX'
+        return (processes.state(process) not in 'ZX'
+                or len(os.listdir('/proc/%d/task' % process)) > 1)
     except (FileNotFoundError, ProcessLookupError):
         return False
 
