@@ -1590,7 +1590,14 @@ def monitor(job, report, answer):
     with suppress(OSError):             # the guardian is gone: the launcher has us stop
         report.send(conversion.facts._asdict())
     os.close(report.writer)
-    threading.Thread(target=conversion.take_signals, daemon=True).start()
+
+    def take_signals():
+        try:
+            conversion.take_signals()
+        except Exception as error:      # a mistake of ours: the guardian ends the job
+            LOG.write('ERROR', 'internal error: {}', where(error))
+            os._exit(1)
+    threading.Thread(target=take_signals, daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
     search = threading.Thread(target=end_dead_jobs, args=[job.state], daemon=True)
     search.start()
