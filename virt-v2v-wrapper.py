@@ -107,7 +107,7 @@ SMALL_CHUNK = 1 << 10       # what is parsed line by line, if it matters at all
 PUBLISH_INTERVAL = 0.1      # between two writes of mere progress
 PUBLISH_RETRY = 1.0         # until a failed write is tried again
 # Lines come in bursts: it is cheaper to read a burst at once. But somebody may watch the progress.
-GATHER_INTERVAL = 0.025
+GATHER_INTERVAL = 0.02
 GATHER_INTERVAL_COPYING = 0.003
 # virt-v2v 2.x acts on a signal when the current libguestfs call has ended: 8 to 17 s were seen.
 STOP_GRACE = 45.0

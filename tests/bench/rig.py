@@ -5,6 +5,7 @@ import json
 import marshal
 import mmap
 import os
+import re
 import select
 import shutil
 import signal
@@ -52,10 +53,21 @@ class Rig:
         shutil.copyfile(os.path.join(HERE, 'stand_in.py'), self._stand_in)
         # So that the guardian becomes our child when the script has ended.
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self.state_dir = self._wrapper.state_dir
+        self._do_without_options()
         self._request = json.dumps(self._wrapper.request()).encode()
         self._begin = mmap.mmap(-1, 8)      # shared with children
         self._gates = {}
+
+    def _do_without_options(self):
+        """Have the directories be those of the script, as for most callers: options cost time."""
+        with open(self._wrapper.script) as stream:
+            text = stream.read()
+        default = re.search("^VDDK_LIBDIR = .*$", text, re.MULTILINE).group()
+        with open(self._wrapper.script, 'w') as stream:
+            stream.write(text.replace(default, 'VDDK_LIBDIR = %r' % self._wrapper.vddk_libdir))
+        self._wrapper.arguments = []
+        self._environment = dict(self._wrapper.environment(), XDG_STATE_HOME=self._wrapper.home)
+        self.state_dir = os.path.join(self._wrapper.home, 'virt-v2v-wrapper')
 
     def close(self):
         """End everything and remove the directory."""
@@ -92,7 +104,7 @@ class Rig:
     def run(self, command, request=b''):
         """Run a command as the ordinary user; return (seconds from its execution on, output)."""
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/',
-                                   env=self._wrapper.environment(), preexec_fn=self._prepare)
+                                   env=self._environment, preexec_fn=self._prepare)
         output = process.communicate(request)[0]
         seconds = time.perf_counter() - struct.unpack('d', self._begin[:])[0]
         if process.returncode:
