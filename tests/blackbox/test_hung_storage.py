@@ -96,7 +96,7 @@ def test_a_process_that_cannot_be_ended_is_in_the_log(sleeping):
     process = child(sleeping)
     os.kill(sleeping.state()['wrapper_pid'], signal.SIGTERM)
     wait_finished(sleeping)
-    eventually(lambda: re.search(br'WARNING not to be ended: .*\(%d\)' % process,
+    eventually(lambda: re.search(br'WARNING could not be killed: .*\(%d\)' % process,
                                  sleeping.log('wrapper_log')), 'the log names it')
 
 
