@@ -1341,8 +1341,6 @@ class StateFile:
 
         Raises FileExistsError if it is taken; OSError.
         """
-        if os.path.lexists(self.path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         self._scratch = scratch
         try:
             self._create_temporary(scratch, durable=False)
@@ -1353,6 +1351,9 @@ class StateFile:
             os.link(self._temporary, self._lock_name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         finally:
             remove(self._temporary, self.fd)
+        if os.path.lexists(self.path):      # of a job that has just ended, and gave up its lock
+            self.release()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def lock_if_dead(self):
         """Lock the lock file of a job that may be dead.
@@ -1888,7 +1889,7 @@ def create_files(undo, scratch, host):
         with ExitStack() as made, blaming('logs and state file'):
             try:
                 state.claim(scratch)
-                made.callback(state.discard)
+                made.callback(state.release)
                 descriptors = []
                 for log in logs:
                     descriptors.append(create_exclusively(log, 0o640, log_fd))
@@ -1896,6 +1897,7 @@ def create_files(undo, scratch, host):
             except FileExistsError:
                 continue
             undo.callback(made.pop_all().close)
+            undo.callback(state.discard)        # not before: the state may be another job's
         paths = [os.path.join(log_dir, log) for log in logs] + [state.path]
         keys = ('wrapper_log', 'v2v_log', 'state_file')
         return state, descriptors, dict(zip(keys, map(as_text, paths)))

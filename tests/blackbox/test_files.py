@@ -415,6 +415,31 @@ def test_starts_of_one_name_at_one_moment_do_not_collide(wrapper, count):
         eventually(lambda path=paths['state_file']: finished(path), 'the state is final')
 
 
+# Another job of the same name ends, and leaves its state and logs, while this one claims the name.
+ENDED = SAME_NAME + """
+def create_exclusively(name, mode, directory_fd, real=module.create_exclusively):
+    if name.endswith('-4242-wrapper.log'):
+        with open({state!r}, 'x') as stream:
+            stream.write({other!r})
+        raise FileExistsError(17, 'File exists')
+    return real(name, mode, directory_fd)
+
+
+module.create_exclusively = create_exclusively
+"""
+
+
+@pytest.mark.promise(9)
+def test_the_state_of_a_job_that_ended_meanwhile_stays(wrapper):
+    state = os.path.join(wrapper.state_dir, 'v2v-import-20010909T014640-4242.state')
+    other = json.dumps({'started': True, 'disks': [], 'finished': True})
+    tamper(wrapper, ENDED.format(state=state, other=other))
+    job = wrapper.start()
+    assert job.wait_finished()['return_code'] == 0
+    with open(state) as stream:
+        assert stream.read() == other
+
+
 # Another job of the same name, which is faster by a moment. It makes its files exclusively, too,
 # and goes away if the first of them is there.
 FASTER = SAME_NAME + """
