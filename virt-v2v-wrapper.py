@@ -523,7 +523,6 @@ class Parser:
     def __init__(self, has_messages):
         # Texts of phases, in bytes, whose message has come and whose line has not.
         self._announced = deque(maxlen=MAX_ANNOUNCED) if has_messages else None
-        self._stage = None
         self._begin(_OPENING)
         self._copies = 0        # how many have begun
         self._message_lines = Lines(MAX_MESSAGE_LINE)
@@ -608,14 +607,12 @@ class Parser:
         return [event] if self._announced is not None else [Event('phase', clean(text)), event]
 
     def _begin(self, stage):
-        self._stage = stage
         self._rows = [row for row in _TABLE if stage in row.stages
                       or self._announced is None and _LEGACY in row.stages]
 
     def _error_line(self, text):
         """An error. Up to 1.40 it is wrapped after a blank, so a blank says that it goes on."""
-        if self._stage != _GUEST:
-            self._begin(_OVER)          # what nbdkit says from now on is no cause of it
+        self._begin(_OVER)              # what nbdkit says from now on is no cause of it
         if self._announced is not None:
             return []
         text = (self._error or b'') + text
