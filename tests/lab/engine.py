@@ -85,6 +85,11 @@ class Engine(WebServer):
         self.tokens.discard(form.get("token"))
         return 200, {}
 
+    def disks_of(self, vm):
+        """Return the ids of the disks that a VM was made with; raises Refused."""
+        known(self.vms, vm)
+        return [disk.get(OVF + "diskId") for disk in self.ovfs[vm].iter("Disk")]
+
     def call(self, method, path, call):
         """Return the tag and the content of the answer to a call of the API; raises Refused."""
         for wanted, pattern, answer in CALLS:
@@ -173,15 +178,9 @@ def get_vm(engine, call, key):
 
 
 def list_attachments(engine, call, key):
-    disks = [engine.disks[disk] for disk in attached(engine, key) if disk in engine.disks]
+    disks = [engine.disks[disk] for disk in engine.disks_of(key) if disk in engine.disks]
     return listed("disk_attachment",
                   [{"id": disk["id"], "disk": reference(disk)} for disk in disks])
-
-
-def attached(engine, vm):
-    """Return the ids of the disks that a VM has."""
-    known(engine.vms, vm)
-    return [disk.get(OVF + "diskId") for disk in engine.ovfs[vm].iter("Disk")]
 
 
 def list_jobs(engine, call):
@@ -204,7 +203,7 @@ def add_disk(engine, call):
 
 def get_disk(engine, call, key):
     disk = known(engine.disks, key)
-    vms = [reference(vm) for vm in engine.vms.values() if key in attached(engine, vm["id"])]
+    vms = [reference(vm) for vm in engine.vms.values() if key in engine.disks_of(vm["id"])]
     return "disk", dict(disk, vms={"vm": vms}) if vms and call.all_content else disk
 
 

@@ -51,7 +51,7 @@ READY = r"remote\.service listening on \('127\.0\.0\.1', ([0-9]+)(?s:.*)Ready fo
 class Host:
     """A context manager, which runs until it is left.
 
-    Attribute for the tests: `daemon`, the process of imageio.
+    Attributes for others: `images`, their directory; `daemon`, the process of imageio.
     """
 
     def __init__(self, directory, certificate, ca):
@@ -59,7 +59,7 @@ class Host:
         self._directory = directory
         self._log = os.path.join(directory, "imageio.log")
         self._served = {}       # disk: its qemu-nbd, and the ticket
-        make_directory(os.path.join(directory, "images"))
+        self.images = make_directory(os.path.join(directory, "images"))
         configuration = os.path.join(make_directory(os.path.join(directory, "conf.d")), "lab.conf")
         with open(configuration, "w") as stream:
             stream.write(CONFIGURATION.format(
@@ -88,7 +88,7 @@ class Host:
 
     def image(self, disk):
         """Return the path of the disk's image."""
-        return os.path.join(self._directory, "images", disk)
+        return os.path.join(self.images, disk)
 
     def create_image(self, disk, kind, size):
         run(["qemu-img", "create", "-q", "-f", kind, self.image(disk), str(size)])

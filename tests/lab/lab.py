@@ -112,6 +112,10 @@ class Job(namedtuple("Job", "wrapper_log v2v_log state_file")):
 class ExportDomain(namedtuple("ExportDomain", "path uuid")):
     """An export domain as VDSM would have made it, in a local directory."""
 
+    def keys(self, **changes):
+        """Return the keys of a request that exports to it."""
+        return dict({"export_domain": self.path}, **changes)
+
     def nfs_path(self):
         """Return the export domain as host:/path, which the stand-in of mount.nfs takes."""
         return "127.0.0.1:" + self.path
@@ -126,12 +130,12 @@ class ExportDomain(namedtuple("ExportDomain", "path uuid")):
         return [path for path in self.files("images") if not path.endswith(".meta")]
 
     def vms(self):
-        """Return an `ExportedVm` for each OVF."""
-        return [ExportedVm.read(path) for path in self.files("master/vms")]
+        """Return an `ArrivedVm` for each OVF."""
+        return [ArrivedVm.read(path) for path in self.files("master/vms")]
 
 
-class ExportedVm(namedtuple("ExportedVm", "name uuid disks")):
-    """What the OVF of a virtual machine in the export domain says."""
+class ArrivedVm(namedtuple("ArrivedVm", "name uuid disks")):
+    """What the OVF of a virtual machine says; `disks` is their number."""
 
     @classmethod
     def read(cls, path):
@@ -245,7 +249,7 @@ class Lab:
         os.chmod(path, 0o755)
         return domain
 
-    def request(self, guest, export_domain=None, **changes):
+    def request(self, guest=None, export_domain=None, **changes):
         """Return a request that converts the guest, by name; a change of None takes a key out."""
         request = {
             "vm_name": guest,

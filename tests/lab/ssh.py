@@ -15,7 +15,7 @@ import tempfile
 from collections import namedtuple
 
 from esx import DATASTORE
-from lab import LabError, bind, lay_over, make_directory, poll, run
+from lab import VDSM, LabError, bind, lay_over, make_directory, poll, run
 
 CONFIGURATION = """
 Port {port}
@@ -74,6 +74,23 @@ def ssh_server(lab):
     finally:
         sshd.terminate()
         sshd.wait()
+
+
+@contextlib.contextmanager
+def agent(server):
+    """Have an agent of user vdsm that holds the server's key; gives the path of its socket."""
+    directory = make_directory(tempfile.mkdtemp(dir="/run"), owner=VDSM)
+    address = os.path.join(directory, "agent")
+    process = subprocess.Popen(["setpriv", "--reuid=%d" % VDSM, "--clear-groups",
+                                "ssh-agent", "-D", "-a", address], stdout=subprocess.DEVNULL)
+    try:
+        poll(lambda: os.path.exists(address), 30)
+        run(["env", "SSH_AUTH_SOCK=" + address, "ssh-add", "-q", server.key])
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(directory)
 
 
 def make_root(root, store):

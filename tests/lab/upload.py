@@ -15,14 +15,16 @@ from collections import namedtuple
 
 from engine import Engine
 from host import Host
-from lab import CACHE, LabError, Unavailable, lay_over, locked, make_directory, run
+from lab import (
+    CACHE, ArrivedVm, LabError, Unavailable, lay_over, locked, make_directory, run)
 
 FROM_PYPI = ["ovirt-engine-sdk-python==4.6.3", "ovirt-imageio==2.5.1"]
 DEBIAN_PYTHON = "/usr/lib/python3/dist-packages"
 
 
-class Target(namedtuple("Target", "engine host ca")):
-    """What a virtual machine is uploaded to; `ca` is the path of the CA's certificate."""
+class Target(namedtuple("Target", "path engine host ca")):
+    """What a virtual machine is uploaded to: `path` is the directory of the images, `ca` that of
+    the CA's certificate."""
 
     def keys(self, **changes):
         """Return the keys of a request that uploads to it."""
@@ -35,6 +37,15 @@ class Target(namedtuple("Target", "engine host ca")):
         }
         return dict(keys, **changes)
 
+    def files(self):
+        """Return the paths of the images."""
+        return sorted(os.path.join(self.path, name) for name in os.listdir(self.path))
+
+    def vms(self):
+        """Return an `ArrivedVm` for each virtual machine in the engine."""
+        return [ArrivedVm(vm["name"], key, len(self.engine.disks_of(key)))
+                for key, vm in self.engine.vms.items()]
+
 
 @contextlib.contextmanager
 def upload_target(lab):
@@ -45,7 +56,7 @@ def upload_target(lab):
     certificate, ca = make_certificates(directory)
     with Host(directory, certificate, ca) as host, \
             Engine(certificate, lab.password + "-of-the-engine", host) as engine:
-        yield Target(engine, host, ca)
+        yield Target(host.images, engine, host, ca)
 
 
 def packages_from_pypi():
