@@ -8,7 +8,8 @@ the libguestfs appliance), and libvirt's ESX driver. These are stand-ins:
 * VDDK: nbdkit-vddk-plugin.c, which serves local files under VDDK's names, at a chosen speed;
 * the guests: make-guest, disks that inspection takes for a Debian system;
 * the NFS client: mount.nfs, which binds a local directory;
-* the user vdsm and its directories, where the machine has none.
+* the user vdsm and its directories, where the machine has none;
+* for uploads, the engine: see upload.py, which has the real SDK and the real image server.
 
 What the stand-ins answer was found by watching virt-v2v 2.2.0, nbdkit 1.32, libvirt 9.0 and
 libguestfs 1.48 of Debian 12, and read in the public API of nbdkit plugins.
@@ -21,7 +22,8 @@ namespace it came from and removes the work directory. Several labs may run at t
 
 Everything lies below /var/cache/virt-v2v-wrapper-lab (not in a home directory, which vdsm
 could not read): one `run-*` directory for each lab that runs, and what is worth keeping for
-the next one, the guests, the plugin and the libguestfs appliance. It may be removed at will.
+the next one, the guests, the plugin, the libguestfs appliance and packages of PyPI. It may be
+removed at will.
 """
 
 import contextlib
@@ -54,10 +56,10 @@ CACHE = "/var/cache/virt-v2v-wrapper-lab"
 PACKAGES = [
     "virt-v2v", "nbdkit", "nbdkit-plugin-dev", "libnbd-bin", "qemu-utils", "uuid-runtime",
     "linux-image-amd64", "busybox-static", "gcc", "libc6-dev", "openssl", "e2fsprogs", "fdisk",
-    # For uploads: what virt-v2v runs, and what pip needs for upload.py.
+    "openssh-client", "openssh-server",
+    # For uploads: what virt-v2v's scripts import, and what upload.py builds packages with.
     "nbdkit-plugin-python", "python3-pycurl", "python3-six",
     "python3-pip", "python3-dev", "libxml2-dev",
-    "openssh-client", "openssh-server",
 ]
 
 VDSM = 36       # oVirt's fixed number for the user vdsm and the group kvm
