@@ -1060,6 +1060,12 @@ def ending_of(pid):
     return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
+def is_over(pid):
+    """Say whether `pid`, which may be None or no child of ours, is a child that has ended."""
+    with suppress(ChildProcessError):
+        return pid is not None and ending_of(pid) is not None
+
+
 def end_descendants(keep=None):
     """Kill all our descendants: what loses its parent comes to us, who are a subreaper.
 
@@ -1068,10 +1074,12 @@ def end_descendants(keep=None):
     """
     give_up = time.monotonic() + END_PATIENCE
     while True:
+        # Before the list is read: what a process leaves to us comes when it has ended.
+        ended = is_over(keep)
         # The kernel's list may miss some while others are reaped; but only we do that (proc(5)).
         with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
             living = [int(pid) for pid in stream.read().split()]
-        if keep in living and ending_of(keep) is not None:
+        if ended and keep in living:
             living.remove(keep)
         if not living or time.monotonic() > give_up:
             names = []
