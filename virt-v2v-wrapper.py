@@ -2025,8 +2025,7 @@ class View:
         self.path, self.name = path, _UNPRINTABLE.sub('?', as_text(path))
         self.lock, self.row = os.path.splitext(path)[0] + '.lock', None
         self._samples = deque(maxlen=int(RATE_PERIOD / LOOK_INTERVAL))
-        self.look()
-        if self.row is None or not path.endswith('.state'):
+        if not path.endswith('.state') or not self.look():
             raise HostError((self.name, 'is not the state file of a job'))
 
     def look(self):
@@ -2035,8 +2034,7 @@ class View:
         with suppress(Exception):
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with open(fd, 'rb') as stream:
-                if stat.S_ISREG(os.fstat(fd).st_mode):
-                    self._take(json.loads(stream.read().decode('utf-8')))
+                self._take(json.loads(stream.read().decode('utf-8')))
         if self.row and self.row.status == 'running' and not is_alive:
             self.row = self.row._replace(status='failed')
         return self.row

@@ -44,6 +44,10 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
         self.screen.resize(lines, columns)
 
+    def wrap(self, count):
+        """Have so many lines more, as a terminal does that wraps lines when it becomes narrow."""
+        self._stream.feed(b'wrapped\r\n' * count)
+
     def press(self, data):
         """Press keys."""
         os.write(self._master, data)
@@ -195,6 +199,17 @@ def test_a_resize_leaves_each_job_on_one_line(wrapper, terminal, columns, lines)
     assert [line.split()[0] for line in shown] == [job.guest for job in jobs_]
 
 
+def test_a_resize_that_wraps_lines_leaves_nothing_of_them(wrapper, terminal):
+    jobs = jobs_of(wrapper, 4)
+    terminal.run(wrapper, '--watch')
+    terminal.shows(lambda shown: len(shown) == 4, 'four jobs')
+    terminal.resize(40, 24)
+    terminal.wrap(4)
+    jobs[3].copy(88)
+    shown = terminal.shows(lambda shown: '88%' in shown[-1], 'it is drawn again')
+    assert [line.split()[0] for line in shown] == [job.guest for job in jobs]
+
+
 def test_without_utf8_all_is_ascii(wrapper, terminal):
     job = PaperJob(wrapper, 1, vm_name='\u4e2d\u6587')
     job.copy(50)
@@ -286,17 +301,21 @@ def test_a_path_that_is_no_job_is_an_error(wrapper):
 # --- without a terminal ------------------------------------------------------------------
 
 def test_without_a_terminal_each_change_is_a_line(wrapper):
-    job, = jobs_of(wrapper, 1)
+    still, job = jobs_of(wrapper, 2)
     with wrapper.popen(*(wrapper.arguments + ['--watch'])) as process:
-        said = [process.stdout.readline()]
-        job.copy(0.5)                       # nothing that could be seen
-        job.copy(33)
-        said.append(process.stdout.readline())
+        said = [process.stdout.readline(), process.stdout.readline()]
+        for percent in (33, 66):
+            still.copy(percent / 100)       # nothing that could be seen
+            job.copy(percent)
+            said.append(process.stdout.readline())
         job.end()
+        said.append(process.stdout.readline())
+        still.end()
         said += process.stdout.readlines()
     assert process.returncode == 0
-    assert said == [b'guest1: 0% Copying disk 1/1\n', b'guest1: 33% Copying disk 1/1\n',
-                    b'guest1: 100% converted\n']
+    assert said == [b'guest1: 0% Copying disk 1/1\n', b'guest2: 1% Copying disk 1/1\n',
+                    b'guest2: 33% Copying disk 1/1\n', b'guest2: 66% Copying disk 1/1\n',
+                    b'guest2: 100% converted\n', b'guest1: 100% converted\n']
 
 
 def test_a_terminal_that_cannot_redraw_gets_lines(wrapper, terminal):
