@@ -2312,7 +2312,7 @@ def parse_arguments(arguments):
     parser.add_argument('--json', action='store_true', help='with --list: as JSON')
     asked = vars(parser.parse_args(arguments))
     if asked['json'] and not asked['list']:
-        parser.error('--json goes with --list')
+        raise RequestError(('usage', '--json goes with --list; see --help'))
     return Options(*map(asked.pop, Options._fields)), asked
 
 
