@@ -2183,7 +2183,9 @@ def tell_to_stop(view):
         # Not the device: on btrfs and some overlays stat(2) has another one.
         holders = {int(lock[4]) for lock in locks if lock[1:4] == ['FLOCK', 'ADVISORY', 'WRITE']
                    and lock[5].endswith(inode)}
-        if not holders and view.look().status == 'running':
+        if not holders and view.look().status != 'running':
+            return
+        if not holders:
             raise HostError((view.name, 'its processes cannot be seen from here; is it in a'
                                         ' container?'))
         if not (1 < view.pid < 1 << 31 and holders & {view.pid, os.getsid(view.pid)}):
