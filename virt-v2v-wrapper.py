@@ -40,7 +40,7 @@ How a job ends:
     TERM, INT or HUP               to guardian or monitor: virt-v2v gets TERM, 45 s later KILL
     the monitor is killed          the kernel kills virt-v2v, the guardian publishes that
     the guardian is killed         the monitor goes on; during the start the job is stopped
-    all are killed                 the next start by the same user publishes that
+    all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
 
 What virt-v2v leaves behind becomes a child of the monitor, or of the guardian, and is ended.
@@ -51,6 +51,7 @@ The rooms of this file follow that story, and each uses only what is above it:
     processes; places; files: thin layers above the kernel
     job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
     monitor, guardian, launcher: the three processes, each to be read from top to bottom
+    jobs: --list, --watch, --cancel and --wait, which see jobs through their files
     main: arguments, what is printed, exit status
 
 A new key of the request is a row in _RULES and its use in make_arguments(). A new thing that
@@ -84,6 +85,8 @@ PROGRAM = 'virt-v2v-wrapper'
 EXIT_STARTED = 0
 EXIT_HOST = 1        # the request is right, but this host cannot carry it out
 EXIT_REQUEST = 2     # the request, or the command line, is wrong
+EXIT_FAILED = 3      # the job was started, and has failed
+EXIT_CANCELLED = 4   # somebody ended it
 
 # A request is some hundred bytes; this leaves room for thousands of disks.
 MAX_REQUEST = 1 << 20
@@ -117,6 +120,8 @@ PROBE_PATIENCE = 30.0       # for virt-v2v to tell what it can do: it needs 0.05
 MOUNT_PATIENCE = 60.0
 PRINT_PATIENCE = 5.0        # for a caller that does not read what it asked for
 FINAL_WRITE_PATIENCE = 3600.0       # how long the final state waits for room on its file system
+LOOK_INTERVAL = 0.5         # between two looks at jobs that somebody watches or waits for
+RATE_PERIOD = 180.0         # the time left follows from the progress in so many last seconds
 
 VDSM_USER = 'vdsm'
 VDSM_LOG_DIR = '/var/log/vdsm/import'
@@ -1060,6 +1065,12 @@ def ending_of(pid):
     return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
+def is_over(pid):
+    """Say whether `pid`, which may be None or no child of ours, is a child that has ended."""
+    with suppress(ChildProcessError):
+        return pid is not None and ending_of(pid) is not None
+
+
 def end_descendants(keep=None):
     """Kill all our descendants: what loses its parent comes to us, who are a subreaper.
 
@@ -1068,10 +1079,12 @@ def end_descendants(keep=None):
     """
     give_up = time.monotonic() + END_PATIENCE
     while True:
+        # Before the list is read: what a process leaves to us comes when it has ended.
+        ended = is_over(keep)
         # The kernel's list may miss some while others are reaped; but only we do that (proc(5)).
         with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
             living = [int(pid) for pid in stream.read().split()]
-        if keep in living and ending_of(keep) is not None:
+        if ended and keep in living:
             living.remove(keep)
         if not living or time.monotonic() > give_up:
             names = []
@@ -1149,6 +1162,16 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
             holds = [False]
         if not all(holds):
             raise HostError((subject, 'privileges are left'))
+
+
+def job_directories(identity, options):
+    """Return where the logs and the states of this account's jobs are: the paths of both."""
+    log_dir, state_dir = VDSM_LOG_DIR, VDSM_STATE_DIR
+    if identity.name != VDSM_USER:
+        base = os.environ.get('XDG_STATE_HOME', '')         # a relative one does not count
+        base = base if os.path.isabs(base) else os.path.join(identity.home, '.local/state')
+        log_dir = state_dir = os.path.join(base, PROGRAM)
+    return options.log_dir or log_dir, options.state_dir or state_dir
 
 
 def open_private_directory(path):
@@ -1525,15 +1548,22 @@ def conclude(job, pid, read_on, document, reason):
                                  ' conversion: {}', path)
 
 
-def end_dead_jobs(own):
-    """Publish the ending of each job beside StateFile `own` that nobody follows any more."""
-    names = set(os.listdir(own.fd))
+# The name of a job, without the endings of its files.
+_STEM = 'v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?'
+
+
+def end_dead_jobs(directory, fd):
+    """Publish the ending of each job in `directory` that nobody follows any more.
+
+    `fd` is a descriptor of it.
+    """
+    names = set(os.listdir(fd))
     for name in sorted(names):
         stem, ending = os.path.splitext(name)
-        if not re.fullmatch('v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?', stem) or not (
+        if not re.fullmatch(_STEM, stem) or not (
                 ending == '.lock' or ending == '.state' and stem + '.lock' not in names):
             continue
-        state_file = StateFile(own.directory, own.fd, stem)
+        state_file = StateFile(directory, fd, stem)
         try:
             _end_if_dead(state_file)
         except BlockingIOError:
@@ -1597,7 +1627,7 @@ def monitor(job, report, answer):
             os._exit(1)
     threading.Thread(target=take_signals, daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
-    search = threading.Thread(target=end_dead_jobs, args=[job.state], daemon=True)
+    search = threading.Thread(target=end_dead_jobs, args=job.host.state_dir, daemon=True)
     search.start()
     conversion.follow()
     search.join(1)
@@ -1828,12 +1858,7 @@ def check_host(options, identity, directory, problems, answer):
         found += programs[:1]
         if not programs:
             raise HostError(('virt-v2v', 'not found on PATH'))
-    log_dir, state_dir = VDSM_LOG_DIR, VDSM_STATE_DIR
-    if identity.name != VDSM_USER:
-        base = os.environ.get('XDG_STATE_HOME', '')         # a relative one does not count
-        base = base if os.path.isabs(base) else os.path.join(identity.home, '.local/state')
-        log_dir = state_dir = os.path.join(base, PROGRAM)
-    for path in (options.log_dir or log_dir, options.state_dir or state_dir):
+    for path in job_directories(identity, options):
         with looking_at(as_text(path)):
             found.append((path, open_private_directory(path)))
     if problems:
@@ -1963,29 +1988,306 @@ def end_guardian(pid, patience):
         kill(-pid, signal.SIGTERM)      # where there is a monitor, it is in this group
 
 
+# --- Jobs: what administrators do with many of them. They are seen through their files alone.
+
+_CODES = {'converted': EXIT_STARTED, 'failed': EXIT_FAILED, 'cancelled': EXIT_CANCELLED}
+# What --list shows. `age` is the seconds since the start, None if that is not known.
+Row = namedtuple('Row', 'guest status percent phase age state_file')
+
+
+def say(text):
+    """Print text for people, who may take their time to read it. Raises HostError."""
+    with blaming('standard output'):
+        write_all(1, text.encode('utf-8', 'replace') + b'\n')
+
+
+def is_locked(path):
+    """Say whether lock file `path` is locked, by a job that is alive."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            # Shared, for a moment: at worst a start takes a dead job for a living one.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
+    except OSError as error:            # who cannot look does not say that it is dead
+        return error.errno not in (errno.ENOENT, errno.ELOOP)
+    return False
+
+
+def measure(state):
+    """Return how many percent are copied, and of how many bytes, 0 if that is not known."""
+    disks = [disk for disk in state['disks'] if not disk.get('unknown')]
+    count = max(len(disks), state.get('disk_count', 0))
+    sizes = [disk.get('bytes') or 0 for disk in disks]
+    size = sum(sizes) if len(disks) == count and all(number > 0 for number in sizes) else 0
+    done = sum(disk['progress'] * (number if size else 1) for disk, number in zip(disks, sizes))
+    return min(100, max(0, done / (size or count or 1))), size
+
+
+class View:
+    """A job as all see it who can read its files, which may hold anything."""
+
+    def __init__(self, path):
+        """Raises HostError if `path` is not the state file of a job."""
+        self.path, self.name = path, _UNPRINTABLE.sub('?', as_text(path))
+        self.lock, self.row = os.path.splitext(path)[0] + '.lock', None
+        self._samples = deque(maxlen=int(RATE_PERIOD / LOOK_INTERVAL))
+        if not path.endswith('.state') or not self.look():
+            raise HostError((self.name, 'is not the state file of a job'))
+
+    def look(self):
+        """Look again; return the Row. A file that is gone or damaged changes only the status."""
+        is_alive = is_locked(self.lock)         # before the state, whose end comes first
+        with suppress(Exception):
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(fd, 'rb') as stream:
+                self._take(json.loads(stream.read().decode('utf-8')))
+        if self.row and self.row.status == 'running' and not is_alive:
+            self.row = self.row._replace(status='failed')
+        return self.row
+
+    def _take(self, state):
+        import calendar
+        percent, self._size = measure(state)
+        self.pid = int(state.get('wrapper_pid', 0))
+        status, message = 'running', ''
+        if state.get('finished'):
+            status = ('converted' if not state.get('failed') else
+                      'cancelled' if state.get('cancelled') else 'failed')
+            message = (state.get('last_message') or {}).get('message', '')
+        age = None
+        with suppress(ValueError, TypeError):
+            began = time.strptime(state.get('started_at'), '%Y-%m-%dT%H:%M:%SZ')
+            age = max(0, int(time.time()) - calendar.timegm(began))
+        guest, phase, self.message = (
+            _UNPRINTABLE.sub('?', clean(str(text)))
+            for text in (state.get('vm_name', ''), state.get('phase', ''), message))
+        percent = 100 if status == 'converted' else round(percent, 1)
+        self._samples.append((time.monotonic(), percent))
+        self.row = Row(guest, status, percent, phase, age, self.name)
+
+    def news(self):
+        """Return what the job does, or how it ended."""
+        if self.row.status == 'running':
+            return self.row.phase
+        failed = self.row.status == 'failed' and self.message
+        return 'failed: ' + self.message if failed else self.row.status
+
+    def speed(self):
+        """Return time left and rate as texts, both empty where nobody can know them."""
+        (begin, before), (now, percent) = self._samples[0], self._samples[-1]
+        if self.row.status != 'running' or percent <= before:
+            return '', ''
+        rate = (percent - before) / (now - begin)       # percent a second
+        return (duration((100 - percent) / rate) + ' left',
+                '{:.1f} MiB/s'.format(self._size * rate / 100 / (1 << 20)) if self._size
+                else '{:.1f} %/min'.format(rate * 60))
+
+
+def duration(seconds):
+    """Return a number of seconds as a short text."""
+    for unit, name in ((86400, 'd'), (3600, 'h'), (60, 'm')):
+        if seconds >= 2 * unit:
+            return '{}{}'.format(int(seconds / unit), name)
+    return '{}s'.format(int(seconds))
+
+
+def columns(text):
+    """Return `text` with a NUL after each character that takes two columns of a terminal."""
+    from unicodedata import east_asian_width
+    return ''.join(character + '\0' * (east_asian_width(character) in 'WF') for character in text)
+
+
+def fit(text, width):
+    """Return `text` cut or filled to `width` columns."""
+    return columns(text)[:width].ljust(width).replace('\0', '')
+
+
+def list_jobs(rows, as_json):
+    """Print a table of jobs."""
+    if as_json:
+        return say(json.dumps([row._asdict() for row in rows]))
+    table = [[name.upper().replace('_', ' ') for name in Row._fields]] + [
+        row._replace(percent='{}%'.format(int(row.percent)),
+                     age='' if row.age is None else duration(row.age)) for row in rows]
+    widths = [min(40, max(len(columns(text)) for text in column)) for column in zip(*table)]
+    for row in table:
+        say('  '.join(list(map(fit, row[:-1], widths)) + [row[-1]]))
+
+
+class Screen:
+    """Frames on a terminal, each in one write, in the place of the one before."""
+
+    def __init__(self):
+        import locale
+        utf8 = locale.nl_langinfo(locale.CODESET).upper() == 'UTF-8'
+        self._encoding, self._bar = ('utf-8', '\u2588\u2591') if utf8 else ('ascii', '#-')
+        self._size, self._height = os.get_terminal_size(1), 0
+
+    def show(self, views, everything):
+        """Show jobs: as many as there is room for, those that run first; or `everything`."""
+        size = os.get_terminal_size(1)
+        width, room = (size.columns or 80) - 1, max(2, (size.lines or 24) - 1)
+        count = len(views) if everything or len(views) <= room else room - 1
+        shown = views if count == len(views) else sorted(
+            views, key=lambda view: view.row.status != 'running')[:count]
+        guest = min([24, width // 4] + [max(len(columns(view.row.guest)) for view in views)])
+        lines = [fit(self._line(view, guest, width), width).rstrip() for view in shown]
+        lines += ['and {} more'.format(len(views) - count)] if count < len(views) else []
+        # Where a terminal puts its lines when its size changes, nobody knows.
+        start = '\r\x1b[{}A'.format(self._height) if self._height else ''
+        frame = '\x1b[H\x1b[J' if size != self._size else start
+        frame += ''.join(line + '\x1b[K\n' for line in lines) + '\x1b[J'
+        self._size, self._height = size, len(lines)
+        with blaming('standard output'):
+            write_all(1, frame.encode(self._encoding, 'replace'))
+
+    def _line(self, view, guest, width):
+        left, rate = view.speed()
+        length = max(5, min(30, width - guest - 65))
+        done = int(view.row.percent * length / 100)
+        return '  '.join((
+            fit(view.row.guest, guest), self._bar[0] * done + self._bar[1] * (length - done),
+            '{:3}%'.format(int(view.row.percent)), fit(left, 9), fit(rate, 12), view.news()))
+
+
+def watch(views):
+    """Show jobs until all have ended. Returns an exit status."""
+    on_screen = os.isatty(1) and os.environ.get('TERM', 'dumb') != 'dumb'
+    screen, said, running = on_screen and Screen(), {}, views
+    while running:
+        running = [view for view in views if view.look().status == 'running']
+        if screen:
+            screen.show(views, everything=not running)
+        for view in views if not screen else ():
+            line = '{}: {}% {}'.format(view.row.guest, int(view.row.percent), view.news())
+            if said.get(view) != line:
+                say(line)
+            said[view] = line
+        time.sleep(LOOK_INTERVAL if running else 0)
+    codes = {_CODES[view.row.status] for view in views} | {EXIT_STARTED}
+    return EXIT_FAILED if EXIT_FAILED in codes else max(codes)
+
+
+def tell_to_stop(view):
+    """Tell the monitor of a job that is alive to stop it. Raises HostError.
+
+    Guardian and monitor are a session of their own. While one of them lives, no other process can
+    have its ID; and the guardian has locked the lock file, or who made that anew.
+    """
+    with blaming(view.name), suppress(FileNotFoundError, ProcessLookupError):   # just ended
+        inode = ':{}'.format(os.stat(view.lock).st_ino)
+        with open('/proc/locks') as stream:
+            locks = [line.split() for line in stream]
+        # Not the device: on btrfs and some overlays stat(2) has another one.
+        holders = {int(lock[4]) for lock in locks if lock[1:4] == ['FLOCK', 'ADVISORY', 'WRITE']
+                   and lock[5].endswith(inode)}
+        if not holders and view.look().status != 'running':
+            return
+        if not holders:
+            raise HostError((view.name, 'its processes cannot be seen from here; is it in a'
+                                        ' container?'))
+        if not (1 < view.pid < 1 << 31 and holders & {view.pid, os.getsid(view.pid)}):
+            raise HostError((view.name, 'process {} does not belong to this job'.format(view.pid)))
+        os.kill(view.pid, signal.SIGTERM)
+
+
+def cancel(paths):
+    """End jobs, and wait for that. Returns an exit status; raises HostError if some have not."""
+    problems, waiting, patience = [], [], STOP_GRACE + END_PATIENCE + 10
+    for path in paths:
+        try:
+            view = View(path)
+            if view.row.status == 'running':
+                tell_to_stop(view)
+                waiting.append(view)
+            else:
+                say('{}: had ended before: {}'.format(view.name, view.news()))
+        except HostError as error:
+            problems.extend(error.problems)
+    give_up = time.monotonic() + patience
+    while waiting and time.monotonic() < give_up:
+        time.sleep(0.1)
+        for view in [view for view in waiting if view.look().status != 'running']:
+            say('{}: {}'.format(view.name, view.news()))
+            waiting.remove(view)
+    problems += [(view.name, 'has not ended within {:.0f} s'.format(patience)) for view in waiting]
+    if problems:
+        raise HostError(*problems)
+    return EXIT_STARTED
+
+
+def wait_for_end(path, guardian_pid, ignored):
+    """Stay until the end of the job that we have started. Returns an exit status.
+
+    A stop signal ends the job, unless our caller has `ignored` it, as nohup does.
+    """
+    view = View(os.fsdecode(path.encode('utf-8', 'surrogateescape')))
+    signals = _STOP_SIGNALS - ignored | {signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    while True:
+        gone = ending_of(guardian_pid) is not None
+        if gone and not is_locked(view.lock):
+            return _CODES[view.look().status]
+        # If the guardian was killed, the monitor goes on, and is no child of ours.
+        info = signal.sigtimedwait(signals, LOOK_INTERVAL if gone else 3600)
+        if info and info.si_signo != signal.SIGCHLD:
+            kill(guardian_pid, signal.SIGTERM)
+            with suppress(HostError):
+                tell_to_stop(view)
+
+
+def look_after_jobs(options, asked):
+    """Do what is `asked` of --list, --watch and --cancel. Returns an exit status."""
+    if asked['watch']:
+        return watch([View(path) for path in asked['watch']])
+    identity = Identity.find()
+    identity.become()
+    if asked['cancel']:
+        return cancel(asked['cancel'])
+    directory, views = job_directories(identity, options)[1], []
+    if os.path.lexists(directory):
+        fd = open_private_directory(directory)
+        if asked['list']:
+            end_dead_jobs(directory, fd)
+        for name in sorted(os.listdir(fd)):
+            if re.fullmatch(_STEM + '[.]state', name):
+                with suppress(HostError):       # somebody's file of that name
+                    views.append(View(os.path.join(directory, name)))
+    if asked['list']:
+        list_jobs([view.row for view in views], asked['json'])
+        return EXIT_STARTED
+    views = [view for view in views if view.row.status == 'running']
+    if not views:
+        say('no job is running')
+    return watch(views)
+
+
 # --- Main: arguments, what is printed, exit status
 
 _DESCRIPTION = """\
-Start the conversion of a VMware guest for oVirt with virt-v2v. The request is a JSON object on
-standard input. The answer, on standard output, is a JSON object with the paths of the state file
-and of two logs; the conversion goes on in the background. It is over when the state file has the
-key "finished", and has failed if it has the key "failed".
+Start the conversion of a VMware guest for oVirt with virt-v2v. The request is a
+JSON object on standard input. The answer, on standard output, is a JSON object
+with the paths of the state file and of two logs; the conversion goes on in the
+background. It is over when the state file has the key "finished", and has
+failed if it has the key "failed".
 """
 _EPILOG = """\
-keys of the request:
-{}
-
-exit status: 0 started, 1 this host cannot do it, 2 the request or the usage is wrong
-""".format('\n'.join('  {:20}{}{}'.format(
-    key, '' if default is _MANDATORY else 'optional: ', expected)
-                     for key, default, _, expected in _RULES))
+exit status: 0 started, or all has been converted; 1 this host cannot do it;
+  2 the request or the usage is wrong; 3 failed; 4 cancelled
+"""
 
 
 def parse_arguments(arguments):
-    """Return the Options in `arguments`. Raises WrapperError; --help and --version exit."""
+    """Return the Options in `arguments`, and what is asked for instead of a start, a dict.
+
+    Raises WrapperError; --help and --version exit.
+    """
     if not arguments:
-        return Options(None, None, None)
+        return Options(None, None, None), {}
     import argparse         # costs a tenth of a start, and few have arguments
+    import textwrap
 
     def directory(value):
         with blaming('working directory'):
@@ -1998,7 +2300,11 @@ def parse_arguments(arguments):
         def error(self, message):
             raise RequestError(('usage', clean(message) + '; see --help'))
 
-    parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION, epilog=_EPILOG,
+    keys = [textwrap.fill(('' if default is _MANDATORY else 'optional: ') + expected, 79,
+                          initial_indent='  {:20}'.format(key), subsequent_indent=' ' * 22)
+            for key, default, _, expected in _RULES]
+    parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION,
+                            epilog='\n'.join(['keys of the request:'] + keys + ['', _EPILOG]),
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)
     parser.add_argument('--version', action='version', version='{} {}'.format(PROGRAM, VERSION))
@@ -2006,7 +2312,18 @@ def parse_arguments(arguments):
                             ('vddk-libdir', 'of the VDDK, default ' + VDDK_LIBDIR)):
         parser.add_argument('--' + option, metavar='DIR', type=directory,
                             help='directory ' + purpose)
-    return Options(**vars(parser.parse_args(arguments)))
+    commands = parser.add_mutually_exclusive_group()
+    commands.add_argument('--wait', action='store_true', help='start, and stay until the end;'
+                          ' TERM, INT or HUP cancels the job')
+    commands.add_argument('--list', action='store_true', help='list the jobs of this user')
+    commands.add_argument('--watch', metavar='STATE', nargs='*', help='follow jobs until all have'
+                          ' ended; without STATE, those of this user that are running')
+    commands.add_argument('--cancel', metavar='STATE', nargs='+', help='end these jobs')
+    parser.add_argument('--json', action='store_true', help='with --list: as JSON')
+    asked = vars(parser.parse_args(arguments))
+    if asked['json'] and not asked['list']:
+        raise RequestError(('usage', '--json goes with --list; see --help'))
+    return Options(*map(asked.pop, Options._fields)), asked
 
 
 def print_line(fd, text):
@@ -2024,8 +2341,11 @@ def print_line(fd, text):
 def main(arguments=None):
     """Do what the command does; return its exit status."""
     try:
+        ignored = {number for number in _STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
         shed_inheritance()
-        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        options, asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if asked.get('list') or asked.get('cancel') or asked.get('watch') is not None:
+            return look_after_jobs(options, asked)
         paths, guardian_pid = launch(read_request(0), options)
         try:
             print_line(1, json.dumps(paths))
@@ -2033,6 +2353,8 @@ def main(arguments=None):
             end_guardian(guardian_pid, STOP_GRACE + END_PATIENCE)
             raise HostError(('standard output', os_text(error)),
                             ('standard output', 'the conversion was stopped')) from None
+        if asked.get('wait'):
+            return wait_for_end(paths['state_file'], guardian_pid, ignored)
         return EXIT_STARTED
     except Exception as error:
         status = getattr(error, 'status', EXIT_HOST)

@@ -110,8 +110,8 @@ STEM = 'v2v-import-20010909T014640-4242'
 
 # The job looks for dead ones beside it, and does not wait for that when it ends.
 SEARCHED = """\
-def end_dead_jobs(own, real=module.end_dead_jobs):
-    real(own)
+def end_dead_jobs(*arguments, real=module.end_dead_jobs):
+    real(*arguments)
     open({mark!r}, 'w').close()
 
 

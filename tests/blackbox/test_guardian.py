@@ -12,7 +12,7 @@ from blackbox import become, interpreter_for
 from eventually import eventually
 from faults import Disk, FailingCall, disk, guardian, last_message, tamper, traced
 from jobs import is_running, wait_ended
-from virt_v2v import json_message, phase, reach, wait
+from virt_v2v import daemon, ignore, json_message, phase, reach, wait
 
 pytestmark = pytest.mark.promise(3)
 
@@ -211,3 +211,32 @@ def test_an_end_that_was_published_is_not_published_again(wrapper):
         wrapper.wait_gone()
         assert 'killed by SIGKILL' in log()
     assert failed(job) == 'virt-v2v was killed by SIGKILL'
+
+
+# --- virt-v2v dies while it is ended -----------------------------------------------------
+
+# The order to kill it fails; it is killed at the moment when somebody asks about it.
+DIES_WHEN_ASKED = """\
+import os, signal
+kill, ending_of, groups = module.kill, module.ending_of, []
+module.STOP_GRACE = 0.2
+
+def refuse_groups(process, number):
+    groups.append(process) if process < 0 else kill(process, number)
+
+def ask(process):
+    if process and -process in groups:
+        os.kill(process, signal.SIGKILL)
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    return ending_of(process)
+
+module.kill, module.ending_of = refuse_groups, ask
+"""
+
+
+def test_what_it_leaves_while_it_dies_is_ended_too(wrapper):
+    tamper(wrapper, DIES_WHEN_ASKED)
+    job = wrapper.start_waiting(ignore(signal.SIGTERM), daemon(wait('never')))
+    os.kill(guardian(job), signal.SIGTERM)
+    assert failed(job) == 'the wrapper was told to stop by SIGTERM'
+    wrapper.wait_gone()

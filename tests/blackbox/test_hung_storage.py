@@ -42,7 +42,7 @@ def sleeping(wrapper, storage):
     tamper(wrapper, 'module.END_PATIENCE = 1.0')
     job = wrapper.start_waiting(fork(look()))
     storage.hang()
-    eventually(storage.waiting, 'the child sleeps')
+    eventually(lambda: child(job) in storage.waiting(), 'the child sleeps')
     return job
 
 
@@ -89,7 +89,8 @@ def test_a_process_that_cannot_be_ended_is_named(sleeping, number):
     name = processes.status(process)['Name']
     os.kill(sleeping.state()['wrapper_pid'], number)
     message = last_message(wait_finished(sleeping))
-    assert re.search(r'\b%d\b' % process, message) and name in message
+    assert '%s (%d)' % (name, process) in message, (
+        processes.status(process), sleeping.log('wrapper_log'))
 
 
 def test_a_process_that_cannot_be_ended_is_in_the_log(sleeping):
@@ -117,7 +118,7 @@ def test_one_deadline_for_all_that_cannot_be_ended(wrapper, storage):
     count = 30
     job = wrapper.start_waiting([fork(look('file%d' % number)) for number in range(count)])
     storage.hang()
-    eventually(lambda: storage.waiting() >= count, 'all of them sleep')
+    eventually(lambda: len(storage.waiting()) >= count, 'all of them sleep')
     wrapper.virt_v2v.let('end')
     wait_finished(job)
 

@@ -24,7 +24,7 @@ STAGES = ['started', 'failed']
 OF_OTHERS = {'incorrect user name or password', 'No space left on device',
              'No such file or directory'}
 # An example that is not named here is one that no test looks at.
-TESTED = (['start', 'start-prompt', 'ssh', 'wait', 'show', 'cancel', 'alive', 'list', 'logs',
+TESTED = (['start', 'start-prompt', 'ssh', 'wait', 'show', 'cancel', 'alive', 'logs',
            'tmpfiles', 'request', 'answer', 'errors'] + ['state ' + stage for stage in STAGES])
 # Constants of the script, and how the README gives each of them.
 CONSTANTS = {'MAX_REQUEST': 'at most {} bytes', 'MAX_TEXT': 'at most {} bytes',
@@ -100,13 +100,15 @@ def test_the_option_table_has_the_options_of_the_script(capsys):
     known = set(re.findall(r'--[a-z][a-z-]*', capsys.readouterr().out))
     directories = [quoted(row[3])[0] for row in table('| what | as')]
     assert directories == ['--' + name.replace('_', '-') for name in script.Options._fields]
-    assert known == set(directories) | {'--help', '--version'}
+    commands = {text for text in first_cells('| command |') if text.startswith('--')}
+    assert known == set(directories) | commands | {'--help', '--version', '--json'}
     assert [option for option in known if '`%s`' % option not in README] == []
 
 
 def test_the_exit_statuses_are_those_of_the_script():
     statuses = {value for name, value in vars(script).items() if name.startswith('EXIT_')}
-    assert {int(row[0]) for row in table('| exit status |')} == statuses
+    assert {int(number) for row in table('| exit status |')
+            for number in row[0].split(',')} == statuses
 
 
 @pytest.mark.parametrize('name', sorted(CONSTANTS))
@@ -443,33 +445,6 @@ def test_a_dead_job_is_not_cancelled(wrapper, shell, dead):
     wrapper.add_program('kill', '#!/bin/sh\necho killed\n')
     status, output = shell.run('enable -n kill\n' + block('cancel'), dead)
     assert (status != 0, output) == (True, '')
-
-
-def listing(wrapper, shell):
-    """Return what the README's command says of the jobs, without their times, sorted."""
-    first, rest = block('list').split('\n', 1)
-    assert first == 'DIR=' + script.VDSM_STATE_DIR
-    status, output = shell.run('DIR=%s\n%s' % (shlex.quote(wrapper.state_dir), rest))
-    assert status == 0
-    rows = [line.split('  ') for line in output.splitlines()]
-    return sorted((ending, name, progress) for ending, _, name, progress in rows)
-
-
-def test_listing_jobs(wrapper, shell):
-    wrapper.virt_v2v.play(copying(1, 1))
-    wrapper.start(wrapper.request(vm_name='a', source_disks=['[ds] a'])).wait_finished()
-    wrapper.virt_v2v.play(error('no'))
-    wrapper.start(wrapper.request(vm_name='b')).wait_finished()
-    wrapper.virt_v2v.play(wait('end'))
-    job = wrapper.start(wrapper.request(vm_name='c', source_disks=['[ds] c', '[ds] d']))
-    found = listing(wrapper, shell)
-    wrapper.virt_v2v.let('end')
-    job.wait_finished()
-    assert found == [('converted', 'a', '100%'), ('failed', 'b', ''), ('running', 'c', '0% 0%')]
-
-
-def test_listing_a_dead_job(wrapper, shell, dead):
-    assert listing(wrapper, shell) == [('dead', 'vm', '')]
 
 
 def test_finding_errors_in_the_logs(wrapper, shell):

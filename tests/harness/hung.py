@@ -49,7 +49,7 @@ class Storage:
     def _order(self, order):
         self._server.stdin.write(order + '\n')
         self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        return [int(word) for word in self._server.stdout.readline().split()]
 
     def hang(self):
         """Answer nothing from now on."""
@@ -60,8 +60,8 @@ class Storage:
         self._order('release')
 
     def waiting(self):
-        """Return how many requests wait for an answer."""
-        return self._order('count')
+        """Return the IDs of the processes that wait for an answer."""
+        return self._order('who')
 
     def close(self):
         """Be gone; what waits gets an error."""
@@ -345,12 +345,13 @@ class Program:
             pass
 
     def _obey(self, order):
-        self._hung = order == b'hang' or order == b'count' and self._hung
+        self._hung = order == b'hang' or order == b'who' and self._hung
         if not self._hung:
             for request in self._waiting:
                 self._reply(self._server.answer(request))
             self._waiting.clear()
-        print(len(self._waiting), flush=True)
+        # A request tells who made it (struct fuse_in_header).
+        print(*[struct.unpack_from('=I', request, 32)[0] for request in self._waiting], flush=True)
 
 
 def main(uid, gid):
