@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from lab import Lab, Unavailable    # noqa: E402
+from ssh import ssh_server          # noqa: E402
+from upload import upload_target    # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,27 @@ def lab(session_lab):
     yield session_lab
     session_lab.wait_idle(seconds=10)
     assert os.listdir("/var/tmp") == ["v2v-cache-36"]
+
+
+@pytest.fixture(scope="module")
+def target(session_lab):
+    """Where virtual machines are uploaded to."""
+    try:
+        with upload_target(session_lab) as target:
+            yield target
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def own_target(target, lab):
+    """Another one, for one test that has its way with it."""
+    with upload_target(lab) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def ssh(session_lab):
+    """The SSH service of the ESX server."""
+    with ssh_server(session_lab) as server:
+        yield server

@@ -8,16 +8,15 @@ the server runs. Disks are not served here: that is VDDK's part.
 """
 
 import hashlib
-import http.server
 import re
-import socketserver
 import ssl
-import threading
 import time
 import urllib.parse
 
 from collections import namedtuple
 from xml.sax.saxutils import escape, unescape
+
+from web import Handler, WebServer
 
 DATASTORE = "ds"
 
@@ -54,8 +53,9 @@ MANAGERS = [
 ]
 
 
-class Guest(namedtuple("Guest", "name id uuid disk_count")):
-    """A virtual machine; its disks are GUEST.vmdk, GUEST_1.vmdk, ... on the datastore."""
+class Guest(namedtuple("Guest", "name id uuid disk_count networks", defaults=[["VM Network"]])):
+    """A virtual machine; its disks are GUEST.vmdk, GUEST_1.vmdk, ... on the datastore. It has one
+    NIC in each network."""
 
     def disk_names(self):
         """Return the file names of the disks, the system disk first."""
@@ -66,29 +66,21 @@ class Guest(namedtuple("Guest", "name id uuid disk_count")):
         """Return the datastore paths of the disks, as a controller would list them."""
         return ["[%s] %s/%s" % (DATASTORE, self.name, disk) for disk in self.disk_names()]
 
+    def mac_address(self, number):
+        """Return the MAC address of the NIC."""
+        return "00:50:56:82:%02x:%02x" % (int(self.id), number + 1)
 
-class EsxServer:
-    """Serves in threads of its own from start() to close(). Start it before anything leaves
-    the mount namespace: its threads stay in the one they were started in."""
+
+class EsxServer(WebServer):
+    """The server. `guests` may change while it runs."""
 
     def __init__(self, certificate, password, guests):
         """Take the path of a PEM file with certificate and key, the password of root, and
         the guests there are."""
+        super().__init__(certificate, _Handler, self)
         self.password = password
         self.guests = list(guests)
         self.thumbprint = thumbprint(certificate)
-        self._http = _HttpServer(("127.0.0.1", 0), _Handler)
-        self._http.esx = self
-        self._http.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._http.tls.load_cert_chain(certificate)
-        self.port = self._http.server_address[1]
-
-    def start(self):
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def close(self):
-        self._http.shutdown()
-        self._http.server_close()
 
     def uri(self):
         """Return the libvirt URI of the server."""
@@ -196,7 +188,7 @@ def _inventory(guests):
     return inventory
 
 
-def _vmx(guest):
+def vmx(guest):
     """Return the guest's VMX file, from which libvirt makes its domain XML."""
     digits = guest.uuid.replace("-", "")
     pairs = [digits[i:i + 2] for i in range(0, 32, 2)]
@@ -211,12 +203,13 @@ def _vmx(guest):
         "uuid.bios": " ".join(pairs[:8]) + "-" + " ".join(pairs[8:]),
         "scsi0.present": "true",
         "scsi0.virtualDev": "pvscsi",
-        "ethernet0.present": "true",
-        "ethernet0.virtualDev": "vmxnet3",
-        "ethernet0.networkName": "VM Network",
-        "ethernet0.addressType": "vpx",
-        "ethernet0.generatedAddress": "00:50:56:82:01:01",
     }
+    for number, network in enumerate(guest.networks):
+        settings["ethernet%d.present" % number] = "true"
+        settings["ethernet%d.virtualDev" % number] = "vmxnet3"
+        settings["ethernet%d.networkName" % number] = network
+        settings["ethernet%d.addressType" % number] = "vpx"
+        settings["ethernet%d.generatedAddress" % number] = guest.mac_address(number)
     for number, disk in enumerate(guest.disk_names()):
         settings["scsi0:%d.present" % number] = "true"
         settings["scsi0:%d.deviceType" % number] = "scsi-hardDisk"
@@ -289,40 +282,22 @@ def _field(tag, request):
     return unescape(found.group(1), {"&quot;": '"', "&apos;": "'"}) if found else ""
 
 
-class _HttpServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    daemon_threads = True
-
-    def finish_request(self, request, client_address):
-        """Do the TLS handshake in the connection's own thread, so that none waits for it."""
-        with self.tls.wrap_socket(request, server_side=True) as secured:
-            super().finish_request(secured, client_address)
-
-    def handle_error(self, request, client_address):
-        """Say nothing: a killed virt-v2v tears its connection."""
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-
-    def log_message(self, *args):
-        """Say nothing on stderr."""
+class _Handler(Handler):
 
     def do_GET(self):
         name = urllib.parse.unquote(urllib.parse.urlparse(self.path).path).split("/")[-1]
-        for guest in self.server.esx.guests:
+        for guest in self.server.model.guests:
             if name == guest.name + ".vmx":
-                return self._answer(200, _vmx(guest))
+                return self._answer(200, vmx(guest))
         self._answer(404, "not found")
 
     def do_POST(self):
-        request = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        request = self.body()
         method = re.search(r"Body>\s*<(\w+)", request).group(1)
         try:
             if method not in CALLS:
                 raise _Fault("the simulated server does not know the method " + method)
-            content = CALLS[method](self.server.esx, request)
+            content = CALLS[method](self.server.model, request)
         except _Fault as fault:
             self._answer(500, ENVELOPE % (
                 "<soapenv:Fault><faultcode>ServerFaultCode</faultcode>"
@@ -332,10 +307,5 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 '<%sResponse xmlns="urn:vim25">%s</%sResponse>' % (method, content, method)))
 
     def _answer(self, status, text):
-        content = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/xml; charset=utf-8")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Set-Cookie", 'vmware_soap_session="session"; Path=/; Secure')
-        self.end_headers()
-        self.wfile.write(content)
+        self.answer(status, "text/xml; charset=utf-8", text,
+                    Set_Cookie='vmware_soap_session="session"; Path=/; Secure')

@@ -8,7 +8,8 @@ the libguestfs appliance), and libvirt's ESX driver. These are stand-ins:
 * VDDK: nbdkit-vddk-plugin.c, which serves local files under VDDK's names, at a chosen speed;
 * the guests: make-guest, disks that inspection takes for a Debian system;
 * the NFS client: mount.nfs, which binds a local directory;
-* the user vdsm and its directories, where the machine has none.
+* the user vdsm and its directories, where the machine has none;
+* for uploads, the engine: see upload.py, which has the real SDK and the real image server.
 
 What the stand-ins answer was found by watching virt-v2v 2.2.0, nbdkit 1.32, libvirt 9.0 and
 libguestfs 1.48 of Debian 12, and read in the public API of nbdkit plugins.
@@ -21,7 +22,8 @@ namespace it came from and removes the work directory. Several labs may run at t
 
 Everything lies below /var/cache/virt-v2v-wrapper-lab (not in a home directory, which vdsm
 could not read): one `run-*` directory for each lab that runs, and what is worth keeping for
-the next one, the guests, the plugin and the libguestfs appliance. It may be removed at will.
+the next one, the guests, the plugin, the libguestfs appliance and packages of PyPI. It may be
+removed at will.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -42,7 +45,7 @@ import xml.etree.ElementTree
 
 from collections import namedtuple
 
-from esx import EsxServer, Guest
+from esx import EsxServer, Guest, vmx
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WRAPPER = os.path.join(os.path.dirname(os.path.dirname(HERE)), "virt-v2v-wrapper.py")
@@ -53,6 +56,10 @@ CACHE = "/var/cache/virt-v2v-wrapper-lab"
 PACKAGES = [
     "virt-v2v", "nbdkit", "nbdkit-plugin-dev", "libnbd-bin", "qemu-utils", "uuid-runtime",
     "linux-image-amd64", "busybox-static", "gcc", "libc6-dev", "openssl", "e2fsprogs", "fdisk",
+    "openssh-client", "openssh-server",
+    # For uploads: what virt-v2v's scripts import, and what upload.py builds packages with.
+    "nbdkit-plugin-python", "python3-pycurl", "python3-six",
+    "python3-pip", "python3-dev", "libxml2-dev",
 ]
 
 VDSM = 36       # oVirt's fixed number for the user vdsm and the group kvm
@@ -68,9 +75,12 @@ MIB = 1024 * 1024
 UNIT = 128 * MIB    # nbdcopy's step of progress; the guests' systems lie in the first one
 CLONE_NEWNS = 0x20000
 
+# The last has two systems, one of them encrypted, and two networks.
+LUKS_KEY = "needle-of-the-guest"
 GUESTS = [
     Guest("lab1", "1", "564d1111-0000-4000-8000-000000000001", 1),
     Guest("lab3", "3", "564d1111-0000-4000-8000-000000000003", 3),
+    Guest("twin", "2", "564d1111-0000-4000-8000-000000000002", 1, ["VM Network", "Storage"]),
 ]
 
 
@@ -104,6 +114,10 @@ class Job(namedtuple("Job", "wrapper_log v2v_log state_file")):
 class ExportDomain(namedtuple("ExportDomain", "path uuid")):
     """An export domain as VDSM would have made it, in a local directory."""
 
+    def keys(self, **changes):
+        """Return the keys of a request that exports to it."""
+        return dict({"export_domain": self.path}, **changes)
+
     def nfs_path(self):
         """Return the export domain as host:/path, which the stand-in of mount.nfs takes."""
         return "127.0.0.1:" + self.path
@@ -118,12 +132,12 @@ class ExportDomain(namedtuple("ExportDomain", "path uuid")):
         return [path for path in self.files("images") if not path.endswith(".meta")]
 
     def vms(self):
-        """Return an `ExportedVm` for each OVF."""
-        return [ExportedVm.read(path) for path in self.files("master/vms")]
+        """Return an `ArrivedVm` for each OVF."""
+        return [ArrivedVm.read(path) for path in self.files("master/vms")]
 
 
-class ExportedVm(namedtuple("ExportedVm", "name uuid disks")):
-    """What the OVF of a virtual machine in the export domain says."""
+class ArrivedVm(namedtuple("ArrivedVm", "name uuid disks")):
+    """What the OVF of a virtual machine says; `disks` is their number."""
 
     @classmethod
     def read(cls, path):
@@ -157,7 +171,7 @@ class Lab:
             stack.callback(os.umask, os.umask(0o022))
             with locked(CACHE):
                 install_packages(self._say)
-                self._store = build_store(self._say)
+                self.store = build_store(self._say)
                 self.work = stack.enter_context(work_directory())
             self._say("starting the simulated ESX server")
             self.esx = stack.enter_context(self._esx_server())
@@ -178,26 +192,22 @@ class Lab:
              "-subj", "/CN=127.0.0.1", "-keyout", certificate, "-out", certificate + ".crt"])
         with open(certificate, "a") as key, open(certificate + ".crt") as crt:
             key.write(crt.read())
-        server = EsxServer(certificate, self.password, GUESTS)
-        server.start()
-        try:
+        with EsxServer(certificate, self.password, GUESTS) as server:
             yield server
-        finally:
-            server.close()
 
     def _lay_stand_ins(self):
         plugins = run(["nbdkit", "--dump-config"]).split("plugindir=")[1].split("\n")[0]
-        shutil.copy(os.path.join(self._store, "nbdkit-vddk-plugin.so"), self._layer(plugins))
-        lay_over(plugins, self._layer(plugins))
+        shutil.copy(os.path.join(self.store, "nbdkit-vddk-plugin.so"), self.layer(plugins))
+        lay_over(plugins, self.layer(plugins))
 
         helpers = os.path.realpath("/sbin")
-        write_copy(os.path.join(HERE, "mount.nfs"), os.path.join(self._layer(helpers), "mount.nfs"),
+        write_copy(os.path.join(HERE, "mount.nfs"), os.path.join(self.layer(helpers), "mount.nfs"),
                    {"@EXPORTS@": os.path.join(self.work, "exports")})
-        lay_over(helpers, self._layer(helpers))
+        lay_over(helpers, self.layer(helpers))
 
         if not user_exists("vdsm"):
             for path, line in ACCOUNTS.items():
-                bind(add_account(path, line, self._layer("/etc")), path)
+                bind(add_account(path, line, self.layer("/etc")), path)
         for path in COVERED:
             bind(make_directory(self.work + "/covers" + path, COVERED[path]), path)
         make_directory("/run/vdsm", owner=VDSM)
@@ -206,12 +216,13 @@ class Lab:
         os.mkdir("/var/tmp/v2v-cache-36")
         bind(make_directory(os.path.join(CACHE, "appliance"), 0o700, VDSM), "/var/tmp/v2v-cache-36")
 
-    def _layer(self, target):
+    def layer(self, target):
+        """Return the directory of what is to be laid over the target."""
         return make_directory(os.path.join(self.work, "layers", target.replace("/", "_")))
 
     def disk_files(self, guest):
         """Return the paths of the guest's disks as the stand-in for VDDK reads them."""
-        return [os.path.join(self._store, "ds", guest.name, disk.replace(".vmdk", "-flat.vmdk"))
+        return [os.path.join(self.store, "ds", guest.name, disk.replace(".vmdk", "-flat.vmdk"))
                 for disk in guest.disk_names()]
 
     def vddk(self, rate=0):
@@ -220,11 +231,11 @@ class Lab:
         libdir = os.path.join(self.work, "vddk-%d" % rate)
         if not os.path.isdir(libdir):
             make_directory(os.path.join(libdir, "lib64"))
-            os.symlink(os.path.join(self._store, "libvixDiskLib.so"),
+            os.symlink(os.path.join(self.store, "libvixDiskLib.so"),
                        os.path.join(libdir, "lib64", "libvixDiskLib.so.7"))
             with open(os.path.join(libdir, "lab.conf"), "w") as conf:
                 conf.write("root=%s\nthumbprint=%s\nrate=%d\nrate_from=%d\n" % (
-                    self._store, self.esx.thumbprint, rate, UNIT))
+                    self.store, self.esx.thumbprint, rate, UNIT))
         return libdir
 
     def export_domain(self, size=None):
@@ -240,7 +251,7 @@ class Lab:
         os.chmod(path, 0o755)
         return domain
 
-    def request(self, guest, export_domain, **changes):
+    def request(self, guest=None, export_domain=None, **changes):
         """Return a request that converts the guest, by name; a change of None takes a key out."""
         request = {
             "vm_name": guest,
@@ -248,33 +259,31 @@ class Lab:
             "vmware_uri": self.esx.uri(),
             "vmware_password": self.password,
             "vmware_fingerprint": self.esx.thumbprint,
-            "export_domain": str(export_domain),
+            "export_domain": export_domain,
         }
         request.update(changes)
         return {key: value for key, value in request.items() if value is not None}
 
-    def run_wrapper(self, request, rate=0):
+    def run_wrapper(self, request, rate=0, **environment):
         """Run the wrapper as an administrator would; return what subprocess.run() does."""
-        # A proxy would be asked for the simulated server.
-        environment = {key: value for key, value in os.environ.items()
-                       if not key.lower().endswith("_proxy")}
         return subprocess.run(
-            [WRAPPER, "--vddk-libdir", self.vddk(rate)],
-            input=json.dumps(request), env=environment, universal_newlines=True,
+            [WRAPPER, "--vddk-libdir", self.vddk(rate)], input=json.dumps(request),
+            env=dict(administrators_environment(), **environment), universal_newlines=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
 
-    def start(self, request, rate=0):
+    def start(self, request, rate=0, **environment):
         """Start a conversion and return the `Job`; LabError if the wrapper refuses."""
-        result = self.run_wrapper(request, rate)
+        result = self.run_wrapper(request, rate, **environment)
         if result.returncode != 0 or result.stderr:
             raise LabError("the wrapper ended with status %d: %s" % (
                 result.returncode, result.stderr))
         return Job(**json.loads(result.stdout))
 
     def processes(self):
-        """Return {pid: command line} of everything that runs in the lab but for ourselves."""
+        """Return {pid: command line} of everything that runs in the lab but for ourselves and
+        our children, the lab's own servers."""
         return {pid: command for pid, command in processes_below(self.work).items()
-                if pid != os.getpid()}
+                if os.getpid() not in (pid, parent(pid))}
 
     def wait_idle(self, seconds=30):
         """Wait until nothing runs in the lab; LabError with what still does."""
@@ -318,6 +327,19 @@ def end(pid):
     """Kill the process if it is still there."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def parent(pid):
+    """Return the process's parent, or None."""
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as stream:
+        return int(re.search(r"^PPid:\s*([0-9]+)$", stream.read(), re.MULTILINE).group(1))
+
+
+def administrators_environment():
+    """Return the environment of a login, without a test's own Python, and without a proxy, which
+    would be asked for the simulated servers."""
+    kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    return dict(kept, PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 
 
 def make_directory(path, mode=0o755, owner=0):
@@ -427,7 +449,8 @@ def locked(directory):
 def build_store(say):
     """Return the directory with the guests' disks, the plugin and VDDK's library, which is
     made only if there is none yet from the same sources."""
-    sources = [os.path.join(HERE, name) for name in ("make-guest", "nbdkit-vddk-plugin.c")]
+    sources = [os.path.join(HERE, name)
+               for name in ("make-guest", "nbdkit-vddk-plugin.c", "esx.py")]
     digest = hashlib.sha256(repr(GUESTS).encode())
     for source in sources:
         with open(source, "rb") as stream:
@@ -450,8 +473,11 @@ def fill_store(store, say):
     run(build + ["-o", os.path.join(store, "libvixDiskLib.so"), "-x", "c", "/dev/null"])
     for guest in GUESTS:
         say("making the guest %s, %d disk(s)" % (guest.name, guest.disk_count))
-        run([os.path.join(HERE, "make-guest"), os.path.join(store, "ds", guest.name),
-             guest.name, str(guest.disk_count)])
+        directory = os.path.join(store, "ds", guest.name)
+        run([os.path.join(HERE, "make-guest"), directory, guest.name, str(guest.disk_count)] +
+            [LUKS_KEY] * (guest.name == "twin"))
+        with open(os.path.join(directory, guest.name + ".vmx"), "w") as stream:
+            stream.write(vmx(guest))
 
 
 @contextlib.contextmanager

@@ -5,33 +5,25 @@ Each conversion boots an appliance and takes most of a minute, so a test looks a
 to see of one; the refusals that need no appliance take a second or less.
 """
 
-import contextlib
-import hashlib
 import json
 import os
-import re
 import signal
 import stat
 import subprocess
 
 import pytest
 
-from lab import GUESTS, MIB, UNIT, VDSM
+from checks import GIB, SLOW, assert_same_data, assert_secret_kept, failure, is_copying
+from lab import GUESTS, MIB, VDSM, parent
 
 pytestmark = pytest.mark.lab
 
-LAB1, LAB3 = GUESTS
-GIB = 1024 * MIB
-SLOW = 1000000      # bytes a second: a disk takes half a minute, time enough to kill it
+LAB1, LAB3 = GUESTS[:2]
 
 
 def owner_and_mode(path):
     status = os.stat(path)
     return status.st_uid, stat.S_IMODE(status.st_mode)
-
-
-def is_copying(state):
-    return any(disk["progress"] > 0 for disk in state["disks"])
 
 
 def started_copying(lab, domain, **changes):
@@ -40,14 +32,6 @@ def started_copying(lab, domain, **changes):
     state = job.wait(is_copying)
     assert "finished" not in state
     return job, state
-
-
-def failure(state):
-    """Check that the state is the last of a failed conversion; return its message."""
-    assert state["finished"] is True
-    assert state["failed"] is True
-    assert state["last_message"]["type"] == "error"
-    return state["last_message"]["message"]
 
 
 def assert_succeeded(state, domain, guest):
@@ -67,36 +51,6 @@ def assert_image(path, fmt):
     assert info["format"] == fmt
     assert info["virtual-size"] == GIB
     assert info["actual-size"] > 7 * 4 * MIB
-
-
-def data_digest(path):
-    """Return a digest of the data that conversion does not touch, behind the file system."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as disk:
-        for offset in range(UNIT, GIB, UNIT):
-            disk.seek(offset)
-            digest.update(disk.read(4 * MIB))
-    return digest.digest()
-
-
-def assert_same_data(lab, guest, images):
-    assert sorted(map(data_digest, images)) == sorted(map(data_digest, lab.disk_files(guest)))
-
-
-def assert_secret_kept(lab):
-    """Check that the password is in no file of the lab and with no process's arguments or
-    environment (that of the server is in our own memory only)."""
-    needle = lab.password.encode()
-    for pid in lab.processes():
-        for name in ("cmdline", "environ"):
-            # A process may end, or have ended, between the list and the look.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                with open("/proc/%d/%s" % (pid, name), "rb") as stream:
-                    assert needle not in stream.read(), (pid, name)
-    # With a pattern on stdin it is not in the arguments of grep either.
-    grep = ["grep", "-rlFf", "-", "--exclude-dir=images", lab.work]
-    found = subprocess.run(grep, input=needle, stdout=subprocess.PIPE)
-    assert found.stdout == b""
 
 
 def mounts(pid="self"):
@@ -123,7 +77,7 @@ def test_three_disks_raw_with_source_disks(lab):
     assert len(domain.images()) == 3
     for image in domain.images():
         assert_image(image, "raw")
-    assert_same_data(lab, LAB3, domain.images())
+    assert_same_data(lab.disk_files(LAB3), domain.images())
     assert owner_and_mode(job.v2v_log) == (VDSM, 0o640)
     assert owner_and_mode(job.wrapper_log) == (VDSM, 0o640)
     assert owner_and_mode(job.state_file) == (VDSM, 0o644)
@@ -251,10 +205,8 @@ def test_killing_the_wrapper_during_the_copy_ends_the_job(lab):
 def test_after_a_kill_of_all_the_next_start_publishes_the_end(lab):
     domain = lab.export_domain()
     job, state = started_copying(lab, domain)
-    with open("/proc/%d/status" % state["wrapper_pid"]) as stream:
-        guardian = int(re.search(r"^PPid:\s*([0-9]+)$", stream.read(), re.MULTILINE).group(1))
 
-    for process in (guardian, state["wrapper_pid"]):
+    for process in (parent(state["wrapper_pid"]), state["wrapper_pid"]):
         os.kill(process, signal.SIGKILL)
     lab.wait_idle(seconds=20)
     assert "finished" not in job.state()

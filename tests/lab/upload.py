@@ -1,0 +1,88 @@
+"""
+The target of uploads: a simulated engine (engine.py) with a host (host.py), and oVirt's SDK.
+
+virt-v2v's scripts import the real SDK, and the host runs the real image server; both come from
+PyPI, since Debian does not have them, and are laid over Debian's Python packages in the lab.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+
+from collections import namedtuple
+
+from engine import Engine
+from host import Host
+from lab import (
+    CACHE, ArrivedVm, LabError, Unavailable, lay_over, locked, make_directory, run)
+
+FROM_PYPI = ["ovirt-engine-sdk-python==4.6.3", "ovirt-imageio==2.5.1"]
+DEBIAN_PYTHON = "/usr/lib/python3/dist-packages"
+
+
+class Target(namedtuple("Target", "path engine host ca")):
+    """What a virtual machine is uploaded to: `path` is the directory of the images, `ca` that of
+    the CA's certificate."""
+
+    def keys(self, **changes):
+        """Return the keys of a request that uploads to it."""
+        keys = {
+            "rhv_url": self.engine.url,
+            "rhv_password": self.engine.password,
+            "rhv_cluster": self.engine.cluster["name"],
+            "rhv_storage": self.engine.storage["name"],
+            "rhv_cafile": self.ca,
+        }
+        return dict(keys, **changes)
+
+    def files(self):
+        """Return the paths of the images."""
+        return sorted(os.path.join(self.path, name) for name in os.listdir(self.path))
+
+    def vms(self):
+        """Return an `ArrivedVm` for each virtual machine in the engine."""
+        return [ArrivedVm(vm["name"], key, len(self.engine.disks_of(key)))
+                for key, vm in self.engine.vms.items()]
+
+
+@contextlib.contextmanager
+def upload_target(lab):
+    """Have a new, empty `Target` in the lab; Unavailable if its packages cannot be had."""
+    if not os.path.isdir(os.path.join(DEBIAN_PYTHON, "ovirtsdk4")):
+        lay_over(DEBIAN_PYTHON, packages_from_pypi())
+    directory = make_directory(tempfile.mkdtemp(prefix="target-", dir=lab.work))
+    certificate, ca = make_certificates(directory)
+    with Host(directory, certificate, ca) as host, \
+            Engine(certificate, lab.password + "-of-the-engine", host) as engine:
+        yield Target(host.images, engine, host, ca)
+
+
+def packages_from_pypi():
+    """Return the directory with the packages, which are built if they are not there."""
+    pins = hashlib.sha256(repr(FROM_PYPI).encode()).hexdigest()
+    path = os.path.join(CACHE, "packages-" + pins[:12])
+    with locked(CACHE):
+        if not os.path.isdir(path):
+            shutil.rmtree(path + ".new", ignore_errors=True)
+            try:
+                run(["/usr/bin/python3", "-m", "pip", "install", "--quiet", "--no-deps",
+                     "--target", path + ".new"] + FROM_PYPI)
+            except LabError as error:
+                raise Unavailable("uploads need packages of PyPI: %s" % error)
+            os.rename(path + ".new", path)
+    return path
+
+
+def make_certificates(directory):
+    """Return the paths of a PEM file with key and certificate for localhost, and of its CA."""
+    ca, key, certificate = [os.path.join(directory, name)
+                            for name in ("ca.pem", "ca.key", "localhost.pem")]
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    run(new + ["-subj", "/CN=CA of the lab", "-keyout", key, "-out", ca])
+    run(new + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-CA", ca,
+               "-CAkey", key, "-keyout", certificate, "-out", certificate + ".crt"])
+    with open(certificate, "a") as both, open(certificate + ".crt") as crt:
+        both.write(crt.read())
+    return certificate, ca
