@@ -12,7 +12,7 @@ What it promises:
 * The state file is complete JSON at every moment, and every ending is published in it: at once if
   any process of the job is left, else by the next start.
 * A job is alive exactly as long as its lock file is locked.
-* The password is in no argument list, environment, log or named file.
+* No password or key is in an argument list, environment, log or named file.
 * Whoever starts it, virt-v2v runs without privileges: started as root, as user vdsm.
 
 Three processes, all of them this script:
@@ -43,11 +43,12 @@ How a job ends:
     all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
 
-What virt-v2v leaves behind becomes a child of the monitor, or of the guardian, and is ended.
+Processes that virt-v2v leaves become children of the monitor, or of the guardian, and are ended.
+What a failed job has made in its target is removed by whoever publishes the end: see conclude().
 
 The rooms of this file follow that story, and each uses only what is above it:
 
-    errors and log; request; output; progress; command: what goes in decides what comes out
+    errors and log; request; output; causes; progress; command: what goes in decides what comes out
     processes; places; files: thin layers above the kernel
     job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
     monitor, guardian, launcher: the three processes, each to be read from top to bottom
