@@ -12,7 +12,7 @@ What it promises:
 * The state file is complete JSON at every moment, and every ending is published in it: at once if
   any process of the job is left, else by the next start.
 * A job is alive exactly as long as its lock file is locked.
-* The password is in no argument list, environment, log or named file.
+* No password or key is in an argument list, environment, log or named file.
 * Whoever starts it, virt-v2v runs without privileges: started as root, as user vdsm.
 
 Three processes, all of them this script:
@@ -43,20 +43,23 @@ How a job ends:
     all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
 
-What virt-v2v leaves behind becomes a child of the monitor, or of the guardian, and is ended.
+Processes that virt-v2v leaves become children of the monitor, or of the guardian, and are ended.
+What a failed job has made in its target is removed by whoever publishes the end: see conclude().
 
 The rooms of this file follow that story, and each uses only what is above it:
 
-    errors and log; request; output; progress; command: what goes in decides what comes out
+    errors and log; request; output; causes; progress; command: what goes in decides what comes out
     processes; places; files: thin layers above the kernel
     job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
     monitor, guardian, launcher: the three processes, each to be read from top to bottom
     jobs: --list, --watch, --cancel and --wait, which see jobs through their files
     main: arguments, what is printed, exit status
 
-A new key of the request is a row in _RULES and its use in make_arguments(). A new thing that
-virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress. A check
-of the host belongs in check_host().
+A new key of the request is a row of _COMMON, or of its transport or target, and its use in
+make_arguments(). A new transport or target has its keys in _TRANSPORTS or _TARGETS, its arguments
+in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, and its checks in SOURCES or TARGETS. A new thing that
+virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress. A check of
+the host belongs in check_host().
 
 It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
@@ -97,8 +100,10 @@ MAX_TEXT = 4096
 MAX_LINE = 1 << 13
 # A message is one line of JSON, which is of no use without its end.
 MAX_MESSAGE_LINE = 1 << 20
-# How much of virt-v2v's own text goes into the state file.
+# How much of virt-v2v's own text goes into the state file: of its error, and of its warnings.
 MAX_MESSAGE = 4096
+MAX_WARNING = 1024
+MAX_WARNINGS = 20
 # Messages whose line in the output has not come yet. One is usual; a pipe holds about that many.
 MAX_ANNOUNCED = 1000
 # What a program may answer. The longest answer in the field, virt-v2v's options, is 2 KiB long.
@@ -118,6 +123,8 @@ END_PATIENCE = 10.0         # for killed processes to go; one asleep on a dead s
 START_PATIENCE = 90.0       # for the guardian to answer: healthy hosts need a tenth of a second
 PROBE_PATIENCE = 30.0       # for virt-v2v to tell what it can do: it needs 0.05 s
 MOUNT_PATIENCE = 60.0
+ENGINE_PATIENCE = 10.0      # for an answer of oVirt's engine
+CLEAN_PATIENCE = 50.0       # for what a failed job has made to be removed from its target
 PRINT_PATIENCE = 5.0        # for a caller that does not read what it asked for
 FINAL_WRITE_PATIENCE = 3600.0       # how long the final state waits for room on its file system
 LOOK_INTERVAL = 0.5         # between two looks at jobs that somebody watches or waits for
@@ -254,13 +261,10 @@ LOG = Log()
 class Secret:
     """A text that no message, log or repr shows."""
 
-    __slots__ = ('_text',)
+    __slots__ = ('_text', '_fd')
 
     def __init__(self, text):
-        """Raises ValueError if virt-v2v would not get it all: it reads the first line of a file."""
-        if not text or re.search('[\x00\n\r\ud800-\udfff]', text):
-            raise ValueError
-        self._text = text
+        self._text, self._fd = text, None
 
     def __repr__(self):
         return '***'
@@ -268,77 +272,209 @@ class Secret:
     def __reduce__(self):
         raise TypeError('a secret is not to be stored')
 
-    def to_descriptor(self):
-        """Return a descriptor of a file in memory, without a name, that holds the text.
-
-        The text itself is forgotten. Raises HostError.
-        """
-        with blaming('memory for the password'):
+    def store(self):
+        """Move the text into a file in memory, which has no name. Raises HostError."""
+        with blaming('memory for a password'):
             if hasattr(os, 'memfd_create'):                 # Python 3.8
-                fd = os.memfd_create(PROGRAM)       # novm
+                self._fd = os.memfd_create(PROGRAM)         # novm
             else:
-                fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
-            os.fchmod(fd, 0o400)
-            write_all(fd, self._text.encode('utf-8'))
+                self._fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
+            os.fchmod(self._fd, 0o400)
+            write_all(self._fd, self._text.encode('utf-8'))
         self._text = None
-        return fd
+
+    @property
+    def fd(self):
+        """The descriptor of that file, None if there is none."""
+        return self._fd
+
+    @property
+    def path(self):
+        """Where that file can be opened by us, and by who inherits the descriptor."""
+        return '/proc/self/fd/{}'.format(self._fd)
+
+    def read(self):
+        """Return the text."""
+        if self._fd is None:
+            return self._text
+        return os.pread(self._fd, MAX_REQUEST, 0).decode('utf-8')
+
+    def close(self):
+        """Close the descriptor."""
+        os.close(self._fd)
+        self._fd = None
 
 
-_URI = re.compile(r'''
+_HOST = r"(?: [A-Za-z0-9][A-Za-z0-9._-]* | \[[0-9A-Fa-f:.]+\] ) (?: : [0-9]{1,5} )?"
+_URI = re.compile(r"""
     (?:esx|vpx) ://
     (?: (?!%3[aA]) [\w.~!$&'()*+,;=%-] )+ @             # a user, no colon: so no password
-    (?: [A-Za-z0-9][A-Za-z0-9._-]* | \[[0-9A-Fa-f:.]+\] )
-    (?: : [0-9]{1,5} )?
+    """ + _HOST + r"""
     (?: / [\w.~!$&'()*+,;=:@%/-]* )?
     (?: \? [\w.~!$&'()*+,;=:@%/?\[\]-]* )?
-    ''', re.VERBOSE | re.ASCII)
+    """, re.VERBOSE | re.ASCII)
+_VMX_URI = re.compile(r'ssh:// [\w.-]+ @' + _HOST + r' /[^?\#]+ \.vmx', re.VERBOSE)
+_ENGINE_URL = re.compile(r'https:// (?: [\w.@-]+ @ )? ' + _HOST + r' (?: /[\w.-]+ )+',
+                         re.VERBOSE | re.ASCII)
 _FINGERPRINT = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){19}(?:(?::[0-9A-Fa-f]{2}){12})?')
 _EXPORT_DOMAIN = re.compile(r'/\S*|'
                             r'(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
+_DEVICE = r'/dev/[\w/.+-]+'
+_MAC = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}')
+
+# A function that turns a value into a field raises ValueError if the value is wrong, and TypeError
+# if its type is.
 
 
-def _text(value, pattern=None):
-    """Return `value` if it is printable, not empty, not too long, and as `pattern` says.
-
-    Like all of these it raises ValueError if the value is wrong, and TypeError if its type is.
-    """
+def _text(value, pattern='.*'):
+    """Return `value` if it is printable, not empty, not too long, and as `pattern` says."""
     if not value or _UNPRINTABLE.search(value) or len(value.encode('utf-8')) > MAX_TEXT:
         raise ValueError
-    if pattern and not pattern.fullmatch(value):
+    if not re.fullmatch(pattern, value):
         raise ValueError
     return value
 
 
-def _disks(value):
-    disks = tuple(map(_text, value))
-    if not isinstance(value, list) or len(set(disks)) < len(disks):
-        raise ValueError
-    return disks
+def _like(pattern):
+    return lambda value: _text(value, pattern)
 
 
 def _one_of(*values):
     return lambda value: values[values.index(_text(value))]
 
 
+def _bool(value):
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _list(make):
+    """Return what makes a tuple of a list, each of whose items `make` makes."""
+    def make_all(value):
+        if not isinstance(value, list):
+            raise TypeError
+        return tuple(map(make, value))
+    return make_all
+
+
+def _disks(value):
+    disks = _list(_text)(value)
+    if len(set(disks)) < len(disks):
+        raise ValueError
+    return disks
+
+
+def _secret(value):
+    """A password: virt-v2v reads the first line of a file."""
+    if not value or re.search('[\x00\n\r\ud800-\udfff]', value):
+        raise ValueError
+    return Secret(value)
+
+
+def _engine_password(value):
+    """The scripts of the upload cut white space off its end."""
+    if value != value.rstrip():
+        raise ValueError
+    return _secret(value)
+
+
+def _private_key(value):
+    if not re.fullmatch('(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----\n.*-----\\s*', value):
+        raise ValueError
+    return Secret(value.rstrip() + '\n')
+
+
+def _mapping(value):
+    """Where a network goes: (source, destination, MAC address or None)."""
+    mac = value.get('mac_address')
+    return (_text(value['source'], '[^:]*'), _text(value['destination']),
+            mac and _text(mac, _MAC).lower())
+
+
+def _key(value):
+    """What opens an encrypted device: (device, Secret or None for clevis)."""
+    if ('key' in value) == (value.get('clevis') is True):
+        raise ValueError
+    return (_text(value['device'], 'all|' + _DEVICE),
+            _secret(value['key']) if 'key' in value else None)
+
+
 _MANDATORY = object()
 
-# Key, default, the function that turns the value into the field, what is expected.
-_RULES = (
-    ('vm_name', _MANDATORY, _text,
-     'a non-empty string of at most 4096 bytes without control characters'),
+# `make` turns the value into the field, `expected` says what it has to be.
+_Rule = namedtuple('_Rule', 'key default make expected')
+
+
+def _rules(*rows):
+    return tuple(_Rule(*row) for row in rows)
+
+
+# The keys of each way to read the guest, which transport_method names.
+_TRANSPORTS = OrderedDict(
+    vddk=_rules(
+        ('vm_name', _MANDATORY, _text,
+         'a non-empty string of at most 4096 bytes without control characters'),
+        ('vmware_uri', _MANDATORY, _like(_URI),
+         'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password'),
+        ('vmware_password', _MANDATORY, _secret, 'a non-empty string without NUL or line ends'),
+        ('vmware_fingerprint', _MANDATORY, lambda value: _text(value, _FINGERPRINT).upper(),
+         '20 or 32 colon-separated pairs of hex digits')),
+    ssh=_rules(
+        ('vm_name', _MANDATORY, _like(_VMX_URI),
+         'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
+        ('ssh_key', None, _private_key, 'the text of a private key that needs no passphrase')))
+# The keys of each place to write it to. The first of them is what tells the target.
+_TARGETS = OrderedDict(
+    export_domain=_rules(
+        ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
+         'HOST:/PATH or an absolute directory, without blanks or control characters')),
+    rhv_upload=_rules(
+        ('rhv_url', _MANDATORY, _like(_ENGINE_URL),
+         'https://[USER@]HOST[:PORT]/ovirt-engine/api without a password'),
+        ('rhv_password', _MANDATORY, _engine_password,
+         'a non-empty string without NUL, line ends, or white space at its end'),
+        ('rhv_cluster', _MANDATORY, _text, 'the name of a cluster'),
+        ('rhv_storage', _MANDATORY, _like('[A-Za-z0-9_-]*'),
+         'the name of a storage domain: letters, digits, "_" and "-"'),
+        ('rhv_cafile', '/etc/pki/vdsm/certs/cacert.pem', _like('/.*'), 'an absolute path'),
+        ('insecure_connection', False, _bool, 'true or false')))
+# The keys of every request.
+_COMMON = _rules(
+    ('transport_method', _MANDATORY, _one_of(*_TRANSPORTS),
+     ' or '.join('"{}"'.format(name) for name in _TRANSPORTS)),
     ('output_format', 'raw', _one_of('raw', 'qcow2'), '"raw" or "qcow2"'),
-    ('transport_method', _MANDATORY, _one_of('vddk'), '"vddk"'),
-    ('vmware_uri', _MANDATORY, lambda value: _text(value, _URI),
-     'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password'),
-    ('vmware_password', _MANDATORY, Secret, 'a non-empty string without NUL or line ends'),
-    ('vmware_fingerprint', _MANDATORY, lambda value: _text(value, _FINGERPRINT).upper(),
-     '20 or 32 colon-separated pairs of hex digits'),
-    ('export_domain', _MANDATORY, lambda value: _text(value, _EXPORT_DOMAIN),
-     'HOST:/PATH or an absolute directory, without blanks or control characters'),
     ('source_disks', (), _disks, 'a list of different non-empty strings'),
-)
-# What the caller wants: a field for each key, and the names of the keys that we do not know.
-Request = namedtuple('Request', [rule[0] for rule in _RULES] + ['unknown'])
+    ('network_mappings', (), _list(_mapping),
+     'a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional}'),
+    ('allocation', None, _one_of('sparse', 'preallocated'), '"sparse" or "preallocated"'),
+    ('install_drivers', False, _bool, 'true or false'),
+    ('virtio_win', None, _like('/.*'), 'the absolute path of an ISO image or a directory'),
+    ('luks_keys', (), _list(_key),
+     'a list of {"device": "all" or "/dev/...", "key": PASSPHRASE, or "clevis": true}'),
+    ('root', 'first', _like('first|single|' + _DEVICE), '"first", "single" or "/dev/..."'),
+    ('new_vm_name', None, _text,
+     'a non-empty string of at most 4096 bytes without control characters'))
+# All of them by key; vm_name is told as the first transport has it.
+_RULES = OrderedDict()
+for _rule in sum(list(_TRANSPORTS.values()) + [_COMMON] + list(_TARGETS.values()), ()):
+    _RULES.setdefault(_rule.key, _rule)
+# What the caller wants: a field for each key, None if it is of another transport or target; the
+# name of the target; the names of the keys that mean nothing here.
+Request = namedtuple('Request', list(_RULES) + ['target', 'ignored'])
+
+
+def secrets_of(request):
+    """Return the Secrets in a Request."""
+    values = [request.vmware_password, request.rhv_password, request.ssh_key]
+    return [secret for secret in values + [secret for _, secret in request.luks_keys] if secret]
+
+
+def close_secrets(request):
+    """Close those that only virt-v2v needs: the engine's password is for cleaning up, too."""
+    for secret in secrets_of(request):
+        if secret is not request.rhv_password:
+            secret.close()
 
 
 def _number(text):
@@ -355,7 +491,7 @@ def _document(data):
         keys = [key for key, _ in pairs]
         if len(set(keys)) < len(keys):
             # The name of a key that we do not know may be anything, a misplaced password too.
-            twice = [rule[0] for rule in _RULES if keys.count(rule[0]) > 1] or ['a key']
+            twice = [key for key in _RULES if keys.count(key) > 1] or ['a key']
             raise RequestError(*[('request', key + ' is given twice') for key in twice])
         return dict(pairs)
 
@@ -380,21 +516,39 @@ def _document(data):
     return document
 
 
+def _rules_for(document):
+    """Return the name of the target, and the rules for this request. Raises RequestError."""
+    targets = [name for name, rules in _TARGETS.items() if document.get(rules[0].key) is not None]
+    if len(targets) > 1:
+        raise RequestError(('request', 'expected either export_domain or rhv_url, found both'))
+    # Where one is missing or wrong, the first tells what else may be.
+    target = (targets + list(_TARGETS))[0]
+    transports = [rules for name, rules in _TRANSPORTS.items()
+                  if name == document.get('transport_method')] + list(_TRANSPORTS.values())
+    return target, transports[0] + _COMMON + _TARGETS[target]
+
+
 def parse_request(data):
     """Return the Request in `data` (bytes). Raises RequestError with all its problems."""
     document = _document(data)
-    values, problems = {}, []
-    for key, default, make, expected in _RULES:
+    target, rules = _rules_for(document)
+    values, problems = dict.fromkeys(_RULES), []
+    for key, default, make, expected in rules:
         value = document.pop(key, None)
         try:
             values[key] = default if value is None else make(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             problems.append((key, 'expected ' + expected))
         if value is None and default is _MANDATORY:
             problems.append((key, 'missing, expected ' + expected))
     if problems:
-        raise RequestError(*problems)
-    return Request(unknown=tuple(sorted(document)), **values)
+        from difflib import get_close_matches
+        # Only those that are misspelt: others may be anything, a misplaced password too.
+        misspelt = [key for key in sorted(set(document) - set(_RULES))
+                    if get_close_matches(key, _RULES) and not _UNPRINTABLE.search(key)]
+        raise RequestError(*problems + [('request', 'unknown keys: ' + ', '.join(misspelt))]
+                           [:bool(misspelt)])
+    return Request(target=target, ignored=tuple(sorted(document)), **values)
 
 
 def read_request(fd):
@@ -422,7 +576,11 @@ def read_request(fd):
 # the messages alone. Without messages, only the lines count.
 #
 # Nothing is believed while virt-v2v looks into the guest, because then the guest speaks in the log.
-# The exit status of virt-v2v alone decides whether the conversion succeeded.
+# That a signal ends it counts only if no phase follows: the worst that a forgery does is to call
+# a failure cancelled. A guest that knows what will be announced may say it right before virt-v2v
+# does, and be believed until then. So what is to be cleaned up later counts from virt-v2v's own
+# line on, which is the last of that text, and only where there are messages. The exit status of
+# virt-v2v alone decides on success.
 
 # One thing that happened. The names, and the line or message that each comes from:
 #   phase    text     what virt-v2v does now            [   0.0] Setting up the source: -i libvirt
@@ -430,20 +588,28 @@ def read_request(fd):
 #   idle     None     no disk is being copied           any other phase line
 #   percent  0..100   of the disk being copied          a bar of nbdcopy or qemu-img
 #   source   path     the next disk of the guest        the command of its nbdkit
+#   size     bytes    of the next disk to be copied     virt-v2v asks nbdkit, or shows its overlay
 #   opened   path     the disk being copied is this     Opening file [ds] vm/vm.vmdk (vpxa-nfcssl://
-#   vm_id    UUID     of the VM in the export domain    the OVF that -v shows
+#   image    UUID     will be made in the domain        RHV: disk: /domain/images/UUID/UUID
+#   upload_disk, upload_transfer
+#            UUID     was made in oVirt                 disk.id = 'UUID', transfer.id = 'UUID'
+#   forged   None     what was made, or its size,       the phase line of the target, once more
+#                     was said by the guest so far
+#   vm_id    UUID     of the new VM                     the OVF that -v shows
 #   error    text     virt-v2v's own error              virt-v2v: error: ...
 #   cause    text     a program below it complains      nbdkit: file.3: error: ...
-#   warning  text     virt-v2v's own warning            a message
+#   warning  text     virt-v2v's own warning            virt-v2v: warning: ...
+#   stopped  name     this signal ends virt-v2v         virt-v2v: Exiting on signal SIGTERM
 Event = namedtuple('Event', 'name value')
 
 # The stages of a conversion. A stage begins with the phase whose text begins so, and every other
 # phase is one in which virt-v2v looks into the guest.
-_OPENING, _GUEST, _TARGET, _COPYING, _METADATA, _OVER = (
-    'opening', 'guest', 'target', 'copying', 'metadata', 'over')
+_SETUP, _OPENING, _GUEST, _TARGET, _COPYING, _METADATA, _OVER = (
+    'setup', 'opening', 'guest', 'target', 'copying', 'metadata', 'over')
 _STAGES = (
-    ('Setting up the source', _OPENING),        # 2.x
-    ('Opening the ', _OPENING),
+    ('Setting up the source', _SETUP),          # 2.x
+    ('Opening the source -i', _SETUP),          # 1.x
+    ('Opening the ', _OPENING),                 # the appliance starts, and its kernel talks
     ('Creating an overlay', _OPENING),          # 1.x
     ('Setting up the destination', _TARGET),    # 2.x
     ('Initializing the target', _TARGET),       # 1.x
@@ -453,9 +619,16 @@ _STAGES = (
 )
 # Versions without messages: believed at every stage. Their errors may come at any time.
 _LEGACY = 'legacy'
-_TRUSTED = {_OPENING, _TARGET, _COPYING, _METADATA}
+# Only in versions with messages, or only in those without.
+_MESSAGES, _LINES = 'messages', 'lines'
+_TRUSTED = {_SETUP, _OPENING, _TARGET, _COPYING, _METADATA}
 
 _PHASE_LINE = rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)'      # "[%6.1f] %s"; kernels show more decimals
+_UUID = rb'([0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})'
+
+
+def _uuid(data):
+    return data.decode('ascii').lower()
 
 
 # What is understood: the stages in which a line may be believed, a literal to find it by, the
@@ -463,9 +636,14 @@ _PHASE_LINE = rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)'      # "[%6.1f] %s"; kernels show
 _Row = namedtuple('_Row', 'stages literal pattern event make')
 _TABLE = tuple(_Row(*row) for row in (
     # 1.38 to 2.7.15: LANG=C 'nbdkit' '--exit-with-parent' ... 'vddk' ... 'file=[ds] vm/vm.vmdk' ...
-    ({_OPENING}, b"'vddk'",
+    ({_SETUP, _OPENING}, b"'vddk'",
      rb" *(?:LANG=C )?'?nbdkit'? .*?'vddk'.*?'file=((?:[^']|'\\'')+)'.*", 'source',
      lambda path: clean(path.replace(rb"'\''", b"'"))),
+    # nbdkit 'ssh' 'host=esx' 'path=/vmfs/volumes/ds/vm/vm-flat.vmdk' ...: of [ds] vm/vm.vmdk
+    ({_SETUP}, b"'ssh'",
+     rb" *(?:LANG=C )?'?nbdkit'? .*?'ssh'.*?'path=((?:[^']|'\\'')+)'.*", 'source',
+     lambda path: re.sub('^/vmfs/volumes/([^/]+)/', r'[\1] ', re.sub(
+         r'-flat\.vmdk$', '.vmdk', clean(path.replace(rb"'\''", b"'"))))),
     # 1.36 of RHEL 7.5: nbdkit: debug: vddk: config key=file, value=[ds] vm/vm.vmdk
     ({_LEGACY}, b'=file, value=', rb'.*?vddk: config key=file, value=(.*)', 'source', clean),
     # 2.x: a spinner, then "  12% [*****-----------------------------------]"
@@ -478,21 +656,55 @@ _TABLE = tuple(_Row(*row) for row in (
          match.group(1).decode('ascii')), path))),
     # nbdkit: vddk[1]: debug: Opening file [ds] vm/vm.vmdk (vpxa-nfcssl://[ds] vm/vm.vmdk@host:902)
     ({_COPYING}, b'ile [', rb'.*?Opening file (\[[^]]*\] .+?) \([a-z-]+://.*', 'opened', clean),
+    # 2.x, each disk in the guest's order: libnbd: debug: nbd1: nbd_get_size: leave: ret=629145600
+    ({_TARGET}, b'nbd_get_size: leave: ret=',
+     rb'libnbd: debug: nbd[0-9]+: nbd_get_size: leave: ret=([0-9]{1,18})', 'size', int),
+    # 1.x, after the line of each copy: overlay virtual disk size: 629145600
+    ({_COPYING}, b'overlay virtual disk size: ', rb'overlay virtual disk size: ([0-9]{1,18})',
+     'size', int),
+    # 1.x: RHV: will export sda to /domain/images/UUID/UUID; 2.x: RHV: disk: ...; 2.10: ovirt: ...
+    ({_TARGET, _MESSAGES}, b'/images/',
+     rb'(?:RHV|ovirt): (?:disk:|will export [a-z]+ to) /.*/images/' + _UUID + b'/[^/]+', 'image',
+     _uuid),
+    # disk.id = '65869d9f-34e4-47a5-98c4-2a6dc2e2ec5a'; up to 1.44 nbdkit's plugin says so
+    ({_TARGET, _COPYING, _MESSAGES}, b"disk.id = '", rb"disk\.id = '" + _UUID + b"'",
+     'upload_disk', _uuid),
+    # transfer.id = '5b0b5cc2-ed4f-4b1c-8e2a-77a5f0b8b6c9'
+    ({_TARGET, _COPYING, _MESSAGES}, b"transfer.id = '",
+     rb"transfer\.id = '" + _UUID + b"'", 'upload_transfer', _uuid),
+    # virt-v2v: Exiting on signal SIGTERM, in the line of a bar and after its CR
+    (_TRUSTED | {_GUEST, _MESSAGES}, b'virt-v2v: Exiting on signal SIG',
+     rb'virt-v2v: Exiting on signal (SIG[A-Z]{3,4})', 'stopped', clean),
+    # virt-v2v: warning: don't know how to install guest tools on debian-12
+    (_TRUSTED | {_LINES}, b'virt-v2v: warning: ', rb'virt-v2v: warning: (.*)', 'warning', bytes),
     # virt-v2v: error: nbdcopy command failed, see earlier error messages
     (_TRUSTED | {_LEGACY}, b': err', rb'virt-v2v: error: (.*)', 'error', bytes),
     # nbdkit: vddk[4]: error: VixDiskLib_ReadAsync: ...; from 1.46 on: nbdkit[in0]: error: ...
     (_TRUSTED, b': err',
-     rb'(nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: .+)', 'cause', clean),
+     rb'(nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: (?!.*: Traceback ).+)',
+     'cause', clean),
+    # The last line of a traceback, of virt-v2v's own scripts and plugin for an upload, but the one
+    # that a mistake of the plugin adds: ovirtsdk4.AuthError: Error during SSO authentication ...
+    ({_TARGET, _COPYING, _METADATA}, b'Error: ', rb' ?((?!TypeError)[\w.]*Error: .+)', 'cause',
+     clean),
+    # Of imageio, after "could not write sector ...": nbdkit: python.6: debug: 403: Forbidden
+    ({_COPYING}, b': debug: 4', rb'(nbdkit.*: debug: 4[0-9]{2}: .+)', 'cause', clean),
+    ({_COPYING}, b': debug: 5', rb'(nbdkit.*: debug: 5[0-9]{2}: .+)', 'cause', clean),
+    # 2.0 to 2.4, of scp and ssh; then both end with: scp: Connection closed
+    ({_SETUP}, b'key verif', rb'(Host key verification failed.*)', 'cause', clean),
+    ({_SETUP}, b': Permission denied (', rb'(.*: Permission denied \(.+)', 'cause', clean),
+    ({_SETUP}, b'ssh: ', rb'(ssh: .+)', 'cause', clean),
+    ({_SETUP}, b'scp: ', rb'(scp: .+)', 'cause', clean),
     # mount.nfs: access denied by server while mounting ...
     ({_TARGET}, b'mount', rb'(mount(?:\.nfs4?)?: .*)', 'cause', clean),
     # nbdcopy: write at offset 51904512 failed: No space left on device
     ({_COPYING}, b'copy: ', rb'(nbdcopy: .*)', 'cause', clean),
     # 1.x: qemu-img: error while writing sector 1: No space left on device
     ({_COPYING}, b'-img: ', rb'(qemu-img: .*)', 'cause', clean),
-    # <Section ovf:id='UUID' ovf:required='false' xsi:type='ovf:OperatingSystemSection_Type'>
-    ({_COPYING, _METADATA}, b':OperatingSystemSection_Type',
-     rb""".*?ovf:id=['"]([0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})['"].*""", 'vm_id',
-     lambda uuid: uuid.decode('ascii').lower()),
+    # <Section ovf:id='UUID' ovf:required='false' xsi:type='ovf:OperatingSystemSection_Type'>; for
+    # an upload <OperatingSystemSection ovf:id='UUID' ovf:required='false' ovirt:id='1300'>
+    ({_COPYING, _METADATA}, b'OperatingSystemSection',
+     rb" *<(?:OperatingSystem)?Section ovf:id=['\"]" + _UUID + rb"['\"].*", 'vm_id', _uuid),
 ))
 
 
@@ -528,11 +740,13 @@ class Parser:
     def __init__(self, has_messages):
         # Texts of phases, in bytes, whose message has come and whose line has not.
         self._announced = deque(maxlen=MAX_ANNOUNCED) if has_messages else None
-        self._begin(_OPENING)
+        self._begin(_SETUP)
         self._copies = 0        # how many have begun
         self._message_lines = Lines(MAX_MESSAGE_LINE)
         self._lines = Lines(MAX_LINE)
-        self._error = None      # beginning of an error that goes on in the next line
+        self._target = []       # text of the phase in which the target is prepared
+        self._begun = None      # event and text of an error or warning that goes on
+        self._stopped = []      # an event that counts if no phase follows
 
     def messages(self, chunk):
         """Return the events in what was read last from the pipe of messages."""
@@ -558,43 +772,47 @@ class Parser:
     def end(self):
         """Return the events that were waiting for more output."""
         events = self._parse(self._lines.end() + b'\n')
-        if self._error is not None:
-            events.append(Event('error', clean(self._error)))
+        if self._begun:
+            events.append(Event(self._begun[0], clean(self._begun[1])))
         for text in list(self._announced or ()):
             events += [event for event in self._enter(text) if event.name == 'disk']
-        return events
+        return events + self._stopped
 
     def _parse(self, lines):
         # Most parts have nothing in them that can matter now, and this is how that is seen fast.
-        if self._error is None and not self._has_literal(lines):
+        if not self._begun and not self._has_literal(lines):
             return []
         middle = lines.find(b'\n', len(lines) // 2)
         if len(lines) > SMALL_CHUNK and middle > 0:
             return self._parse(lines[:middle]) + self._parse(lines[middle:])
+        self._near = [row for row in self._rows if row.literal in lines]
         return [event for line in lines.replace(b'\r', b'\n').split(b'\n')
                 for event in self._line(line[:MAX_LINE])]
 
     def _has_literal(self, lines):
-        if any(row.literal in lines for row in self._rows):
+        if any(literal in lines for literal in self._literals):
             return True
         if self._announced is None:
             return re.search(b'[\n\r]' + _PHASE_LINE, lines)
         return ((b'\n[' in lines or b'\r[' in lines)
-                and any(text in lines for text in self._announced))
+                and any(text in lines for text in [*self._announced, *self._target]))
 
     def _line(self, line):
         """Return the events in one line."""
-        if self._error is not None:
-            return self._error_line(line)
+        if self._begun:
+            return self._wrapped(self._begun[0], line)
         if line[:1] == b'[':
             match = re.fullmatch(_PHASE_LINE, line)
             return self._enter(match.group(1)) if match else []
-        for row in self._rows:
+        for row in self._near:
             match = row.literal in line and re.fullmatch(row.pattern, line)
-            if match and row.event == 'error':
-                return self._error_line(match.group(1))
-            if match:
-                return [Event(row.event, row.make(match.group(1)))]
+            if match and row.event in ('error', 'warning'):
+                return self._wrapped(row.event, match.group(1))
+            event = match and Event(row.event, row.make(match.group(1)))
+            if event and event.name == 'stopped':
+                self._stopped = [event]
+            elif event:
+                return [event]
         return []
 
     def _enter(self, text):
@@ -602,34 +820,102 @@ class Parser:
         number, _ = copying_disk(text.decode('utf-8', 'replace')) or (0, 0)
         if self._announced is not None:
             # A guest may know what will be announced; but its line never comes before the message.
+            if text in self._target:
+                return [Event('forged', None)]
             if text not in self._announced or number and number != self._copies + 1:
                 return []
             self._announced.remove(text)
         self._copies += bool(number)
-        self._begin(next((stage for start, stage in _STAGES
-                          if text.startswith(start.encode('ascii'))), _GUEST))
+        self._stopped = []
+        stage = next((stage for start, stage in _STAGES
+                      if text.startswith(start.encode('ascii'))), _GUEST)
+        self._begin(stage)
+        self._target += [text] if stage == _TARGET else []
         event = Event('disk', number) if number else Event('idle', None)
         return [event] if self._announced is not None else [Event('phase', clean(text)), event]
 
     def _begin(self, stage):
-        self._rows = [row for row in _TABLE if stage in row.stages
-                      or self._announced is None and _LEGACY in row.stages]
+        legacy = self._announced is None
+        skipped = _MESSAGES if legacy else _LINES
+        # All rows of the stage, and those whose literal is near.
+        self._rows = self._near = [
+            row for row in _TABLE if stage in row.stages and skipped not in row.stages
+            or legacy and _LEGACY in row.stages]
+        self._literals = {row.literal for row in self._rows}
 
-    def _error_line(self, text):
-        """An error. Up to 1.40 it is wrapped after a blank, so a blank says that it goes on."""
-        self._begin(_OVER)              # what nbdkit says from now on is no cause of it
+    def _wrapped(self, name, text):
+        """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
+        if name == 'error':
+            self._begin(_OVER)          # what nbdkit says from now on is no cause of it
         if self._announced is not None:
             return []
-        text = (self._error or b'') + text
+        text = (self._begun[1] if self._begun else b'') + text
         goes_on = (not text or text.endswith(b' ')) and len(text) < MAX_MESSAGE
-        self._error = text if goes_on else None
-        return [] if goes_on else [Event('error', clean(text))]
+        self._begun = (name, text) if goes_on else None
+        return [] if goes_on else [Event(name, clean(text))]
+
+
+# --- Causes: what is wrong, in a word that never changes, and what to do
+
+# The first row whose pattern is in the message counts. The tests have the message that each is made
+# for. What the wrapper itself says begins a message, so nothing quoted in one can pass for that.
+_CAUSES = (
+    (r'\A(?:the wrapper|virt-v2v) was told to stop by |\Avirt-v2v was killed by'
+     r' SIG(?:TERM|INT|HUP|QUIT)\b', 'cancelled', None),
+    (r'\A(?:the wrapper was|all processes of the wrapper were) killed', 'wrapper.killed',
+     'Look with journalctl -k whether memory ran out, and start again.'),
+    (r'incorrect user name or password|VIR_ERR_AUTH_FAILED|Permission denied \('
+     r'|authentication methods failed', 'source.login',
+     'Correct user and password, or key; in a URI, an @ in the user is written %40.'),
+    (r'Host key verification failed|host key is unknown', 'source.host_key',
+     'Add what ssh-keyscan says of this server to /etc/ssh/ssh_known_hosts.'),
+    (r'SSL peer certificate or SSH remote key was not OK', 'source.certificate',
+     'Install the CA of the VMware server here, or add ?no_verify=1 to vmware_uri.'),
+    (r'VixDiskLib_Open.*: Unknown error', 'source.thumbprint',
+     'Compare vmware_fingerprint with the thumbprint of the server; see that the guest is off.'),
+    (r'NfcNewAuthdConnectionEx: Failed to connect|IP address lookup for host|ssh: connect to host'
+     r'|curl_easy_perform\(\) returned an error', 'source.unreachable',
+     'Check the name of the server, and that this host reaches its ports 443 and 902 (ssh: 22).'),
+    (r'You do not have access rights to this file', 'source.disk',
+     'See that the disk is there, and that the user may read it.'),
+    (r'cannot find libvirt domain', 'source.guest_missing',
+     'Give vm_name as the server spells it, and in vmware_uri the host that has it.'),
+    (r'is running or paused', 'guest.running', 'Shut the guest down.'),
+    (r'No root device found|inspection could not detect', 'guest.no_root',
+     'See whether virt-v2v supports this system, and whether its disks are encrypted.'),
+    (r'root device .+ not found', 'guest.root_missing', 'Give one that the message lists.'),
+    (r'Windows Hibernation', 'guest.hibernated',
+     'Switch hibernation and Fast Startup off in the guest, and shut it down.'),
+    (r'multi-boot operating systems', 'guest.multiboot', 'Say which of its systems to convert.'),
+    (r'could not find key to open LUKS', 'guest.encrypted', 'Give the keys of its disks.'),
+    (r'No space left on device|Low disk space', 'target.full',
+     'Make room in the target, and in /var/tmp of this host.'),
+    (r'mount command failed', 'target.mount', 'See that this host may mount the export domain.'),
+    (r'ovirtsdk4\.AuthError', 'target.auth', 'Correct user and password of the engine.'),
+    (r'certificate verif|CA file .+ doesn.t exist', 'target.certificate',
+     'Give the file with the CA certificate of the engine.'),
+    (r'ovirtsdk4\.ConnectionError|ConnectionRefusedError', 'target.unreachable',
+     'See that engine and image server run, and that this host reaches them.'),
+    (r'storage domain .+ does not exist', 'target.storage_missing', 'Give one that is active.'),
+    (r'cluster .+ is not part of', 'target.cluster_missing',
+     'Give a cluster of the data center that has the storage domain.'),
+    (r'VM already exists', 'target.vm_exists', 'Remove that VM, or name the new one otherwise.'),
+    (r'libvixDiskLib[^:]*: cannot open shared', 'vddk.library',
+     'Unpack a whole VDDK that this nbdkit knows, and name it by --vddk-libdir.'))
+
+
+def error_message(text):
+    """Return what a state says of error `text`: with a code, and a hint if there is one."""
+    code, hint = next(((code, hint) for pattern, code, hint in _CAUSES
+                       if re.search(pattern, text)), ('unknown', None))
+    message = {'type': 'error', 'message': text, 'code': code}
+    return dict(message, hint=hint) if hint else message
 
 
 # --- Progress: events -> what is known -> the state document, whose keys only this room knows
 
 # What is fixed when virt-v2v has been executed. The names of the fields are keys of the state.
-Facts = namedtuple('Facts', 'pid wrapper_pid vm_name wrapper_log v2v_log started_at')
+Facts = namedtuple('Facts', 'pid wrapper_pid vm_name target wrapper_log v2v_log started_at')
 
 
 class Disk:
@@ -641,7 +927,7 @@ class Disk:
 
 
 class Progress:
-    """All that is known of a conversion. For each kind of event it has a method of that name."""
+    """All that is known of a conversion. Each kind of event is listed, or has a method."""
 
     def __init__(self, listed):
         """`listed` are the request's source_disks, a tuple."""
@@ -652,10 +938,16 @@ class Progress:
         self._current = None        # the disk that is being copied
         self._phase = self._error = self._vm_id = None
         self._causes = OrderedDict()        # program: what it said
+        self._warnings = []
+        # The values of these events: sizes in the order of the copies, and what virt-v2v made.
+        self._found = {'size': [], 'image': [], 'upload_disk': [], 'upload_transfer': []}
 
     def apply(self, event):
         """Take in an Event."""
-        getattr(self, event.name)(event.value)
+        if event.name in self._found:
+            self._found[event.name].append(event.value)
+        else:
+            getattr(self, event.name)(event.value)
 
     def phase(self, text):
         """virt-v2v does something else now."""
@@ -716,7 +1008,17 @@ class Progress:
         self._causes.setdefault(re.match(r'[\w.-]*', text).group(), text)
 
     def warning(self, text):
-        """virt-v2v warns; that is in the logs."""
+        """virt-v2v warns."""
+        if text not in self._warnings and len(self._warnings) < MAX_WARNINGS:
+            self._warnings.append(text)
+
+    def stopped(self, name):
+        """virt-v2v says that this signal ends it. Then it says nothing of an error any more."""
+        self._error = self._error or 'virt-v2v was told to stop by ' + name
+
+    def forged(self, _):
+        """What has been found so far, a guest may have said."""
+        self._found = {name: [] for name in self._found}
 
     def vm_id(self, uuid):
         """The new VM has this UUID."""
@@ -726,21 +1028,40 @@ class Progress:
         """Say whether a disk is being copied."""
         return self._current is not None
 
-    def document(self, facts):
-        """Return the state of a conversion that goes on."""
+    def _disk_states(self):
         percents = dict.fromkeys(self._listed, 0)
         percents.update((disk.path, disk.percent) for disk in self._disks)
+        # A size for each disk, in their order, or it is not certain whose they are.
+        sizes, found = {}, self._found['size']
+        if len(found) == len(self._sources):
+            sizes.update(zip(self._sources, found))
+        sizes.update((disk.path, found[disk.number - 1]) for disk in self._disks
+                     if disk.number <= len(found) <= self._count)
+        copied = {disk.path for disk in self._disks}
+        over = not self._current and 0 < len(self._disks) == self._count
+        for path in percents:
+            state = {'path': path, 'progress': percents[path]}
+            state.update({'bytes': sizes[path]} if path in sizes else {})
+            state.update({'unknown': True} if over and path not in copied else {})
+            yield state
+
+    def document(self, facts):
+        """Return the state of a conversion that goes on."""
         state = dict(started=True, **facts._asdict())
-        state['disks'] = [{'path': path, 'progress': percents[path]} for path in percents]
+        state['disks'] = list(self._disk_states())
         state['disk_count'] = self._count
         state['updated_at'] = timestamp()
-        state.update((key, value) for key, value in (
-            ('phase', self._phase), ('vm_id', self._vm_id)) if value is not None)
-        error = self._error
+        error, found = self._error, self._found
+        upload = {'disks': found['upload_disk'], 'transfers': found['upload_transfer']}
+        missing = ['the guest has no disk ' + disk['path'] for disk in state['disks']
+                   if 'unknown' in disk]
         if error and self._causes and re.search('(?i)see (?:earlier|previous)', error):
             error = '{} ({})'.format(error, '; '.join(self._causes.values()))
-        if error:
-            state['last_message'] = {'type': 'error', 'message': error}
+        state.update((key, value) for key, value in (
+            ('phase', self._phase), ('vm_id', self._vm_id), ('images', found['image']),
+            ('upload', any(upload.values()) and upload),
+            ('warnings', [text[:MAX_WARNING] for text in missing + self._warnings][:MAX_WARNINGS]),
+            ('last_message', error and error_message(error))) if value)
         return state
 
 
@@ -752,31 +1073,38 @@ def signal_name(number):
         return 'signal {}'.format(number)
 
 
-def finished_document(state, return_code, reason, stuck=()):
+def finished_document(state, return_code, reason, stuck=(), left=(), complete=False):
     """Return the last state of a conversion, made of the state before it.
 
     `return_code` is virt-v2v's, None if it is not known; `reason` why the wrapper ended it, None
-    if it did not; `stuck` are the processes that cannot be ended. Status 0 alone is success.
+    if it did not; `stuck` are the processes that cannot be ended, `left` is what could not be
+    removed, `complete` says if the VM is there all the same. Status 0 alone is success.
     """
     state = dict(state)
-    error = state.pop('last_message', {}).get('message')
+    said = state.pop('last_message', {})
+    # That it does what the wrapper told it is no error.
+    error = None if reason and said.get('code') == 'cancelled' else said.get('message')
     if reason is None and return_code is None:
         reason = 'virt-v2v is gone, and nobody knows how it ended'
     elif reason is None and return_code < 0:
         reason = 'virt-v2v was killed by ' + signal_name(-return_code)
     elif reason is None and not error:
-        reason = ('virt-v2v ended with status {} and no error message, as it does when a signal'
-                  ' tells it to stop'.format(return_code))
+        reason = 'virt-v2v ended with status {} and no error message'.format(return_code)
     text = '{} ({})'.format(reason, error) if reason and error else reason or error
     if stuck:
         text += '; could not be killed, as they wait for storage: ' + ', '.join(stuck)
-    if return_code != 0:
-        state['last_message'] = {'type': 'error', 'message': text}
+    if complete:
+        text += '; but the new VM is complete, and was kept'
+    if left:
+        state['left_behind'] = list(left)
     if return_code is not None:
         state['return_code'] = return_code
     if return_code == 0:
-        state['disks'] = [dict(disk, progress=100) for disk in state['disks']]
+        state['disks'] = [disk if disk.get('unknown') else dict(disk, progress=100)
+                          for disk in state['disks']]
     else:
+        state['last_message'] = error_message(text)
+        state.update({'cancelled': True} if state['last_message']['code'] == 'cancelled' else {})
         state['failed'] = True
     state['updated_at'] = state['finished_at'] = timestamp()
     state['finished'] = True
@@ -785,9 +1113,10 @@ def finished_document(state, return_code, reason, stuck=()):
 
 # --- Command: what to execute, in the words of the version that is there
 
-# Which of its spellings this virt-v2v knows: has it messages, has it -io, and how a password file
-# is named.
-Capabilities = namedtuple('Capabilities', 'messages io_option password_option')
+# What this virt-v2v tells of itself: whether it sends messages, its features, its options.
+Capabilities = namedtuple('Capabilities', 'messages features options')
+
+AGENT = b'SSH_AUTH_SOCK'        # where ssh(1) finds an agent with keys
 
 # Those of the caller's variables that virt-v2v gets.
 _ENVIRONMENT = re.compile(rb'PATH|LIBGUESTFS_\w+|VIRTIO_WIN|(?:https?|ftp|all|no)_proxy'
@@ -798,56 +1127,99 @@ def capabilities(ask):
     """Find out what this virt-v2v knows. Returns Capabilities.
 
     `ask` takes an option and returns the lines virt-v2v prints for it, or None if it refuses.
-    Raises HostError if it cannot convert from VDDK to an export domain.
     """
     # JSON messages came together with this spelling (1.41.1), later than -io and -ip.
     features = ask('--machine-readable=fd:1')
-    messages = features is not None
-    if messages:
-        options = {'-io', '-ip'} if 'vddk' in features else {'-ip'}
-    else:
-        features = ask('--machine-readable') or []
-        options = set(ask('--short-options') or []) | set(ask('--long-options') or [])
-    # Up to 2.7.15 it says rhv, later ovirt, where -o rhv still works (select_output.ml).
-    if not {'output:rhv', 'output:ovirt'} & set(features):
-        raise HostError(('virt-v2v', 'this version cannot write to an oVirt export domain'
-                                     ' (RHEL 10 has no -o rhv)'))
-    if not {'-io', '--vddk-libdir'} & options:
+    if features is not None:
+        return Capabilities(True, frozenset(features), frozenset(['-io', '-ip']))
+    options = (ask('--short-options') or []) + (ask('--long-options') or [])
+    return Capabilities(False, frozenset(ask('--machine-readable') or ()), frozenset(options))
+
+
+def _vddk_arguments(capability, request, libdir):
+    """The guest is read from an ESXi host or a vCenter, its disks with VMware's library."""
+    options = capability.options
+    if capability.messages and 'vddk' not in capability.features or (
+            not options & {'-io', '--vddk-libdir'}):
         raise HostError(('virt-v2v', 'this version cannot read disks with VDDK'))
-    return Capabilities(messages=messages, io_option='-io' in options,
-                        password_option='-ip' if '-ip' in options else '--password-file')
+    source = ['-i', 'libvirt', '-ic', request.vmware_uri,
+              '-ip' if '-ip' in options else '--password-file', request.vmware_password.path,
+              '-it', 'vddk']
+    # 1.39.2 brought -io; the older spelling went in 2.7.13.
+    if '-io' in options:
+        return source + ['-io', 'vddk-libdir=' + libdir,
+                         '-io', 'vddk-thumbprint=' + request.vmware_fingerprint]
+    return source + ['--vddk-libdir', libdir, '--vddk-thumbprint', request.vmware_fingerprint]
 
 
-def make_arguments(capability, request, directory, libdir, password_fd, message_fd):
-    """Return the arguments of virt-v2v, without its own name, as bytes.
+def _ssh_arguments(*_):
+    """The guest is read from the files of an ESXi host, whose name is in that of the guest."""
+    return ['-i', 'vmx', '-it', 'ssh']
 
-    `directory` is the export domain. They are encoded here, because under LC_ALL=C Python 3.6
-    would take everything for ASCII.
+
+def _output_of(capability, *names):
+    """Return the first of the names of an output that this virt-v2v knows. Raises HostError."""
+    for name in names:
+        if 'output:' + name in capability.features:
+            return name
+    raise HostError(('virt-v2v', 'this version cannot write to oVirt (RHEL 10 has no -o {})'.format(
+        names[-1])))
+
+
+def _export_arguments(capability, _, directory):
+    # From 2.7.15 on it is called ovirt, but rhv works as well (select_output.ml).
+    _output_of(capability, 'ovirt', 'rhv')
+    return ['-o', 'rhv', '-os', directory]
+
+
+def _upload_arguments(capability, request, _):
+    return ['-o', _output_of(capability, 'ovirt-upload', 'rhv-upload'), '-oc', request.rhv_url,
+            '-op', request.rhv_password.path, '-os', request.rhv_storage,
+            '-oo', 'rhv-cluster=' + request.rhv_cluster,
+            '-oo', 'rhv-direct=true',       # the one spelling that all versions take
+            # By default, virt-v2v does not look who answers.
+            '-oo', 'rhv-verifypeer={}'.format(json.dumps(not request.insecure_connection))] + (
+                [] if request.insecure_connection else ['-oo', 'rhv-cafile=' + request.rhv_cafile])
+
+
+_SOURCE_ARGUMENTS = {'vddk': _vddk_arguments, 'ssh': _ssh_arguments}
+_TARGET_ARGUMENTS = {'export_domain': _export_arguments, 'rhv_upload': _upload_arguments}
+
+
+def make_arguments(capability, request, directory, libdir, message_fd):
+    """Return the arguments of virt-v2v, without its own name, as bytes. Raises HostError.
+
+    `directory` is that of the export domain, `libdir` that of the VDDK. They are encoded here,
+    because under LC_ALL=C Python 3.6 would take everything for ASCII.
     """
     arguments = ['-v', '-x']
     if capability.messages:
         arguments += ['--machine-readable=fd:{}'.format(message_fd)]
-    arguments += ['--root', 'first',        # without it, a guest with two systems makes it ask
-                  '-i', 'libvirt', '-ic', request.vmware_uri,
-                  capability.password_option, '/proc/self/fd/{}'.format(password_fd),
-                  '-it', 'vddk']
-    # 1.39.2 brought -io; the older spelling went in 2.7.13.
-    if capability.io_option:
-        arguments += ['-io', 'vddk-libdir=' + libdir,
-                      '-io', 'vddk-thumbprint=' + request.vmware_fingerprint]
-    else:
-        arguments += ['--vddk-libdir', libdir, '--vddk-thumbprint', request.vmware_fingerprint]
-    arguments += ['-of', request.output_format, '-o', 'rhv', '-os', directory,
-                  '--bridge', 'ovirtmgmt', '--', request.vm_name]
+    arguments += ['--root', request.root]   # without it, a guest with two systems makes it ask
+    arguments += _SOURCE_ARGUMENTS[request.transport_method](capability, request, libdir)
+    arguments += ['-of', request.output_format]
+    arguments += _TARGET_ARGUMENTS[request.target](capability, request, directory)
+    arguments += ['-oa', request.allocation] if request.allocation else []
+    arguments += ['-on', request.new_vm_name] if request.new_vm_name else []
+    for device, secret in request.luks_keys:
+        arguments += ['--key', device + (':file:' + secret.path if secret else ':clevis')]
+    for source, destination, mac in request.network_mappings:
+        if mac and not capability.features & {'mac-option'}:
+            raise HostError(('network_mappings', 'this version of virt-v2v cannot map a network by'
+                                                 ' mac_address'))
+        arguments += (['--mac', '{}:bridge:{}'.format(mac, destination)] if mac else
+                      ['--bridge', '{}:{}'.format(source, destination)])
+    arguments += ['--bridge', 'ovirtmgmt', '--', request.vm_name]       # for all other networks
     return [argument.encode('utf-8', 'surrogateescape') for argument in arguments]
 
 
-def make_environment(inherited, identity, scratch, cache):
+def make_environment(inherited, request, identity, drivers, scratch, cache):
     """Return virt-v2v's environment: the useful part of `inherited` (bytes to bytes), and ours.
 
-    `scratch` is the directory for its temporary files, `cache` the one for libguestfs' appliance
-    (both bytes). libguestfs puts its sockets below XDG_RUNTIME_DIR, or /tmp, where a killed run
-    would leave them; and after a change of user the caller's XDG_RUNTIME_DIR is somebody else's.
+    `drivers` is where those for Windows guests are, or None; `scratch` the directory for temporary
+    files, `cache` the one for libguestfs' appliance (both bytes). libguestfs puts its sockets below
+    XDG_RUNTIME_DIR, or /tmp, where a killed run would leave them; and after a change of user the
+    caller's XDG_RUNTIME_DIR is somebody else's.
     """
     environment = {b'LIBGUESTFS_BACKEND': b'direct', b'PATH': os.fsencode(ADMIN_PATH),
                    b'LIBGUESTFS_CACHEDIR': cache}
@@ -858,6 +1230,12 @@ def make_environment(inherited, identity, scratch, cache):
         b'TMPDIR': scratch, b'VIRT_V2V_TMPDIR': scratch, b'XDG_RUNTIME_DIR': scratch,
         b'HOME': os.fsencode(identity.home),
         b'USER': os.fsencode(identity.name), b'LOGNAME': os.fsencode(identity.name)})
+    if drivers:
+        environment[b'VIRTIO_WIN'] = os.fsencode(drivers)
+    if request.ssh_key:
+        environment[AGENT] = scratch + b'/agent'        # see start_agent()
+    elif request.transport_method == 'ssh' and AGENT in inherited:
+        environment[AGENT] = inherited[AGENT]
     return environment
 
 
@@ -976,14 +1354,15 @@ def can_be_read(stream, patience):
     return bool(poll.poll(None if patience is None else max(0, patience) * 1000))
 
 
-def run_program(subject, argv, environment, patience, stderr):
+def run_program(subject, argv, environment, patience, stderr, stdin=subprocess.DEVNULL):
     """Run a program that ends by itself; return its status and what it printed (bytes).
 
-    `stderr` is as for Popen. Raises HostError about `subject`, also if it takes more than
-    `patience` seconds or prints more than MAX_ANSWER bytes; then it is killed, and all it started.
+    `stderr` and `stdin` are as for Popen. Raises HostError about `subject`, also if it takes more
+    than `patience` seconds or prints more than MAX_ANSWER bytes; then it is killed, and all that it
+    started.
     """
     with blaming(subject):
-        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stderr=stderr,
+        child = subprocess.Popen(argv, env=environment, stdin=stdin, stderr=stderr,
                                  stdout=subprocess.PIPE, start_new_session=True)
     give_up = time.monotonic() + patience
     output, piece = b'', None
@@ -1003,6 +1382,31 @@ def run_program(subject, argv, environment, patience, stderr):
         child.stdout.close()
         with suppress(subprocess.TimeoutExpired):       # it may sleep on a dead server
             child.wait(1)
+
+
+def die_with(parent):
+    """Return what a child does before it is executed: it is killed when process `parent` ends."""
+    def prepare_child():
+        unblock_signals()
+        system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)             # it was killed before that call
+    return prepare_child
+
+
+def start_agent(key, environment):
+    """Start an ssh agent, a child of ours, that holds the Secret `key`. Raises HostError."""
+    with blaming('ssh-agent'):
+        agent = subprocess.Popen(
+            ['ssh-agent', '-D', '-a', environment[AGENT]], env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=die_with(os.getpid()))
+        agent.returncode = 0            # end_descendants() reaps it
+        agent.stdout.readline()         # it tells where it can be asked
+    with open(key.path) as stream:
+        status, output = run_program('ssh-add', ['ssh-add', '-q', '-'], environment,
+                                     PROBE_PATIENCE, stderr=subprocess.STDOUT, stdin=stream)
+    if status != 0:
+        raise HostError(('ssh_key', 'cannot be used: ' + ' '.join(clean(output).split())))
 
 
 class Channel:
@@ -1104,8 +1508,9 @@ def end_descendants(keep=None):
 
 # The directories that the caller chose, None if not given.
 Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
-# What check_host has found: `virt_v2v` is a path (bytes), the directories are (path, descriptor).
-Host = namedtuple('Host', 'domain libdir virt_v2v log_dir state_dir')
+# What check_host has found: `target` is an ExportDomain or Upload, `libdir` that of the VDDK or
+# None, `virt_v2v` a path (bytes), the directories are (path, descriptor), `drivers` a path or None.
+Host = namedtuple('Host', 'target libdir virt_v2v log_dir state_dir drivers')
 
 
 def as_text(path):
@@ -1274,10 +1679,54 @@ def export_directory(spec):
     return MOUNT_POINT
 
 
+def remove_images(root, images, vm_id):
+    """Remove images, and what there is of VM `vm_id`, from the export domain at `root`.
+
+    `images` are names below images/. What the OVF of any VM names is kept: that VM is complete. No
+    link is followed. Returns what is left, as paths, and whether a VM has some of it.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    with ExitStack() as close:
+        parts = [os.open(os.path.join(root, part), flags) for part in ExportDomain.PARTS]
+        for fd in parts:
+            close.callback(os.close, fd)
+        used = b''
+        for name in os.listdir(parts[1]):
+            with suppress(FileNotFoundError, NotADirectoryError), open(os.open(
+                    '{0}/{0}.ovf'.format(name), os.O_RDONLY, dir_fd=parts[1]), 'rb') as stream:
+                used += stream.read().lower()
+        free = [image for image in images if image.encode('ascii') not in used]
+        # Its metadata come last: they are no VM's as long as they name no image.
+        victims = [(0, image) for image in free]
+        victims += [(1, vm_id)] if vm_id and len(free) == len(images) else []
+        left = [os.path.join(root, ExportDomain.PARTS[part], name) for part, name in victims
+                if not _remove_directory(name, parts[part], flags)]
+    return left, len(free) < len(images)
+
+
+def _remove_directory(name, parent, flags):
+    """Remove a directory of files, and say if it is gone. A name that is no UUID leads nowhere."""
+    try:
+        if re.fullmatch(_UUID, name.encode('utf-8')):
+            fd = os.open(name, flags, dir_fd=parent)
+            with ExitStack() as close:
+                close.callback(os.close, fd)
+                for entry in os.listdir(fd):
+                    os.unlink(entry, dir_fd=fd)
+            os.rmdir(name, dir_fd=parent)
+            LOG.write('INFO', 'removed from the export domain: {}', name)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        LOG.write('WARNING', 'in the export domain: {}: {}', name, os_text(error))
+        return False
+    return True
+
+
 class ExportDomain:
     """A directory with exactly one in it named by a UUID, which holds images/ and master/vms/."""
 
-    _PARTS = ('images', 'master/vms')
+    PARTS = ('images', 'master/vms')
 
     def __init__(self, directory):
         """Check what virt-v2v checks after the conversion (output_rhv.ml). Raises HostError."""
@@ -1290,9 +1739,9 @@ class ExportDomain:
         if len(uuids) != 1:
             raise HostError((subject, 'expected exactly one directory named by a UUID in it, found'
                                       ' {}'.format(len(uuids))))
-        root = os.path.join(directory, uuids[0])
-        self._parts = [os.path.join(root, part) for part in self._PARTS]
-        for path in [root] + self._parts:
+        self.root = os.path.join(directory, uuids[0])
+        self._parts = [os.path.join(self.root, part) for part in self.PARTS]
+        for path in [self.root] + self._parts:
             if not os.path.isdir(path):
                 raise HostError((subject, '{} is not a directory; is the domain attached to a data'
                                           ' center?'.format(path)))
@@ -1310,6 +1759,205 @@ class ExportDomain:
     def new(self):
         """Return the paths of images and VMs that were not there at first, sorted."""
         return sorted(self._contents() - self._before)
+
+    def document(self):
+        """Return what the state tells of it."""
+        return {'type': 'export_domain', 'directory': self.root}
+
+    def clean_up(self, state):
+        """Remove what the failed job of `state` has made; see remove_images()."""
+        return remove_images(self.root, [
+            image for image in state.get('images', ())
+            if os.path.join(self._parts[0], image) not in self._before], state.get('vm_id'))
+
+
+class Engine:
+    """The REST API of oVirt's engine, as the user of a Request. Its methods raise HostError."""
+
+    def __init__(self, request):
+        import ssl              # all of this costs more than a start, and is for uploads only
+        from urllib.parse import urlencode
+        from urllib.request import HTTPSHandler, Request as HttpRequest, build_opener
+        from xml.etree import ElementTree
+        self._encode, self._request, self._parse = urlencode, HttpRequest, ElementTree.fromstring
+        user, _, host = request.rhv_url[len('https://'):].rpartition('@')
+        self._url = 'https://' + host
+        with blaming('rhv_cafile'):
+            context = ssl.create_default_context(
+                cafile=None if request.insecure_connection else request.rhv_cafile)
+        if request.insecure_connection:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self._opener = build_opener(HTTPSHandler(context=context))
+        self._token = None
+        sso = '/'.join(self._url.split('/')[:4]) + '/sso/oauth/token'
+        status, answer = self._call('POST', sso, {
+            'grant_type': 'password', 'scope': 'ovirt-app-api',
+            'username': user or 'admin@internal', 'password': request.rhv_password.read()})
+        try:
+            answer = json.loads(answer.decode('utf-8'))
+            self._token = answer.get('access_token')
+        except (ValueError, AttributeError):
+            raise HostError(('rhv_url', 'expected an oVirt engine there, got HTTP status {}'.format(
+                status))) from None
+        if not self._token:
+            raise HostError(('rhv_password', 'the engine does not accept it: {}'.format(clean(str(
+                answer.get('error_description') or answer.get('error'))))))
+
+    def _call(self, method, url, form=None):
+        """Return the HTTP status and the answer (bytes)."""
+        from http.client import HTTPException
+        from urllib.error import HTTPError
+        data = self._encode(form).encode('ascii') if form else None
+        headers = {'Accept': 'application/json'}
+        if self._token:
+            data = b'<action/>' if method == 'POST' else None
+            headers = {'Accept': 'application/xml', 'Content-Type': 'application/xml',
+                       'Authorization': 'Bearer ' + self._token, 'Version': '4'}
+        request = self._request(url, data=data, headers=headers, method=method)
+        try:
+            with self._opener.open(request, timeout=ENGINE_PATIENCE) as answer:
+                return answer.getcode(), answer.read(MAX_ANSWER * 16)
+        except HTTPError as error:
+            return error.code, error.read(MAX_ANSWER)
+        except (OSError, HTTPException) as error:       # URLError is an OSError
+            raise HostError(('rhv_url', clean(str(getattr(error, 'reason', error))))) from None
+
+    def do(self, method, path, **query):
+        """Return the HTTP status for `path` below the API, and what is there as an XML element."""
+        query = '?' + self._encode(query) if query else ''
+        status, answer = self._call(method, '{}/{}{}'.format(self._url, path, query))
+        try:
+            return status, self._parse(answer)
+        except SyntaxError:             # ParseError is one
+            return status, self._parse('<none/>')
+
+    def names(self, path, **query):
+        """Return {name: ID} of a collection."""
+        status, found = self.do('GET', path, **query)
+        if status != 200:
+            raise HostError(('rhv_url', 'the engine answers {} with HTTP status {}: {}'.format(
+                path, status, clean(found.findtext('detail') or found.findtext('reason') or ''))))
+        return {element.findtext('name'): element.get('id') for element in found}
+
+
+class Upload:
+    """A storage domain of oVirt, written to through the engine of a Request."""
+
+    directory = None
+
+    def __init__(self, request):
+        """Check what virt-v2v 2.x checks after the conversion (rhv-upload-precheck.py)."""
+        self._request = request
+        environment = {'PATH': os.environ.get('PATH', ADMIN_PATH)}
+        for argv, missing in (
+                (['python3', '-c', 'import ovirtsdk4'], 'the Python module ovirtsdk4'),
+                (['nbdkit', '--dump-plugin', 'python'], 'the Python plugin of nbdkit')):
+            status, _ = run_program(argv[0], argv, environment, PROBE_PATIENCE,
+                                    stderr=subprocess.DEVNULL)
+            if status != 0:
+                raise HostError(('this host', 'needs {} for an upload'.format(missing)))
+        engine, storage = Engine(request), request.rhv_storage
+        centers = engine.names('datacenters', search='storage.name=' + storage)
+        if not centers:
+            raise HostError(('rhv_storage', 'no data center has a storage domain of this name'))
+        center, center_id = sorted(centers.items())[0]
+        clusters = engine.names('datacenters/{}/clusters'.format(center_id))
+        if request.rhv_cluster not in clusters:
+            raise HostError(('rhv_cluster', 'not in data center {}, where the storage is; there'
+                                            ' are: {}'.format(center, ', '.join(clusters))))
+        name = request.new_vm_name or request.vm_name
+        if name in engine.names('vms', search='name="{}"'.format(name.replace('"', ''))):
+            raise HostError(('new_vm_name', 'the engine has a VM {} already'.format(name)))
+
+    def document(self):
+        """Return what the state tells of it."""
+        return {'type': 'rhv_upload', 'url': self._request.rhv_url,
+                'cluster': self._request.rhv_cluster, 'storage': self._request.rhv_storage}
+
+    def new(self):
+        """The state names all that can be left."""
+        return []
+
+    def clean_up(self, state):
+        """Have the engine remove what the failed job of `state` has made. Raises HostError.
+
+        virt-v2v does so itself unless it is killed, or told to stop while one of its scripts runs.
+        Returns the IDs that are left, and whether the VM is there: then all belongs to that.
+        """
+        made = state.get('upload', {})
+        if not made:
+            return [], False
+        engine = Engine(self._request)
+        if 'vm_id' in state and engine.do('GET', 'vms/' + state['vm_id'])[0] == 200:
+            return [], True
+        for transfer in made['transfers']:
+            engine.do('POST', 'imagetransfers/{}/cancel'.format(transfer))
+        left, give_up = made['disks'], time.monotonic() + CLEAN_PATIENCE
+        while left and time.monotonic() < give_up:
+            # A disk is locked until its transfer has ended: then the engine answers 409.
+            left = [disk for disk in left if engine.do('DELETE', 'disks/' + disk)[0] == 409
+                    or engine.do('GET', 'disks/' + disk)[0] != 404]
+            time.sleep(1 if left else 0)
+        return left, False
+
+
+# What is named where the guest's side is wrong.
+SUBJECTS = {
+    'vddk': lambda options: '--vddk-libdir ' + as_text(options.vddk_libdir or VDDK_LIBDIR),
+    'ssh': lambda _: 'vm_name'}
+
+
+def check_vddk(_, options, __):
+    """Return the directory of the VDDK. Raises HostError."""
+    libdir, subject = options.vddk_libdir or VDDK_LIBDIR, SUBJECTS['vddk'](options)
+    with blaming(subject + '/lib64'):
+        names = os.listdir(os.path.join(libdir, 'lib64'))
+    if not any(name.startswith('libvixDiskLib.so') for name in names):
+        raise HostError((subject, 'expected lib64/libvixDiskLib.so in it'))
+    return libdir
+
+
+def check_ssh(request, _, identity):
+    """Have the keys of the guest's host be known: ssh cannot ask whether to trust it."""
+    host, port = re.match(r'[^@]*@\[?([^]:/]+|[^]]+)\]?(?::([0-9]+))?/', request.vm_name).groups()
+    name = host if port in (None, '22') else '[{}]:{}'.format(host, port)
+    for path in ('/etc/ssh/ssh_known_hosts', os.path.join(identity.home, '.ssh/known_hosts')):
+        status, _ = run_program(
+            'ssh-keygen', ['ssh-keygen', '-F', name, '-f', path], {'PATH': ADMIN_PATH},
+            PROBE_PATIENCE, stderr=subprocess.DEVNULL)
+        if status == 0:
+            return
+    raise HostError(('vm_name', 'the host key of {} is not known; have root check and add it:'
+                                ' ssh-keyscan -p {} {} >> /etc/ssh/ssh_known_hosts'.format(
+                                    name, port or 22, host)))
+
+
+# Drivers for Windows guests, the best first: those of an ISO domain of oVirt, and the package's.
+_ISO_DOMAIN = '/rhev/data-center/mnt/*/*/images/11111111-1111-1111-1111-111111111111/'
+_DRIVERS = tuple(_ISO_DOMAIN + name for name in (
+    'RHV-toolsSetup*.iso', 'rhv-tools*.iso', 'oVirt-toolsSetup*.iso', 'ovirt-tools*.iso',
+    'virtio-win*.iso')) + ('/usr/share/virtio-win/virtio-win.iso', '/usr/share/virtio-win')
+
+
+def find_drivers(request):
+    """Return the path of the drivers for Windows guests, None if none are wanted or found.
+
+    Raises HostError if those that the request names are not there.
+    """
+    if request.virtio_win:
+        with blaming('virtio_win'):
+            os.close(os.open(request.virtio_win.encode('utf-8'), os.O_RDONLY))
+        return request.virtio_win
+    if not request.install_drivers:
+        return None
+    from glob import glob
+    return next((max(found) for found in map(glob, _DRIVERS) if found), None)
+
+
+# What looks at the guest's side, and at the other; all they find goes into Host.
+SOURCES = {'vddk': check_vddk, 'ssh': check_ssh}
+TARGETS = {'export_domain': lambda _, directory: ExportDomain(directory),
+           'rhv_upload': lambda request, _: Upload(request)}
 
 
 # --- Files: exclusive creation, durable replacement, the lock, temporary files
@@ -1506,10 +2154,38 @@ def remove_tree(path):
 
 # --- Job: what guardian and monitor share
 
-# All that a job needs; made whole, before the monitor is forked. `secret` is the descriptor of the
-# password, `output` and `messages` are Pipes, `paths` what the caller is told.
-Job = namedtuple('Job', 'request host capability environment secret scratch output messages'
+# All that a job needs; made whole, before the monitor is forked. `arguments` are virt-v2v's,
+# `output` and `messages` are Pipes, `paths` what the caller is told.
+Job = namedtuple('Job', 'request host capability arguments environment scratch output messages'
                         ' output_log state paths')
+
+
+def clean_up(remove, state):
+    """Remove what the failed job of `state` has made in its target: `remove` takes the state.
+
+    In a process of its own, because storage may hang. Returns what is left, a list of texts, and
+    whether the new VM is complete: then all belongs to that, and stays.
+    """
+    made = state.get('images', []) + state.get('upload', {}).get('disks', [])
+    if not made:
+        return [], False
+    answer = Channel()
+
+    def child():
+        try:
+            answer.send(remove(state))
+        except Exception as error:
+            LOG.write('WARNING', 'what was made could not be removed: {}', where(error))
+        return 0
+    pid = fork(child)
+    os.close(answer.writer)
+    try:
+        return answer.receive(time.monotonic() + CLEAN_PATIENCE + ENGINE_PATIENCE) or (made, False)
+    except TimeoutError:
+        return made, False
+    finally:
+        os.close(answer.reader)
+        kill(pid, signal.SIGKILL)
 
 
 def conclude(job, pid, read_on, document, reason):
@@ -1519,6 +2195,7 @@ def conclude(job, pid, read_on, document, reason):
     so far, and may raise OSError; `reason` says why the wrapper ended virt-v2v, None if it did not.
     """
     return_code, complain, give_up = None, 0.0, time.monotonic() + FINAL_WRITE_PATIENCE
+    cleaned = None
     while time.monotonic() < give_up:
         try:
             stuck = end_descendants(keep=pid)
@@ -1526,8 +2203,11 @@ def conclude(job, pid, read_on, document, reason):
             with suppress(ChildProcessError):
                 return_code = ending_of(pid)
             state = document()
+            if return_code != 0 and 'finished' not in state:
+                cleaned = cleaned or clean_up(job.host.target.clean_up, state)
             if 'finished' not in state:
-                job.state.write(finished_document(state, return_code, reason, stuck), durable=True)
+                job.state.write(finished_document(state, return_code, reason, stuck,
+                                                  *cleaned or ()), durable=True)
             LOG.write('INFO', 'virt-v2v ended with {}', return_code)
             if stuck:
                 LOG.write('WARNING', 'could not be killed: {}', ', '.join(stuck))
@@ -1543,7 +2223,7 @@ def conclude(job, pid, read_on, document, reason):
     job.state.release()
     # Not before: the export domain may be what hangs.
     if return_code != 0:
-        for path in job.host.domain.new():
+        for path in job.host.target.new():
             LOG.write('WARNING', 'new in the export domain since the start, perhaps left by this'
                                  ' conversion: {}', path)
 
@@ -1574,6 +2254,14 @@ def end_dead_jobs(directory, fd):
             state_file.close()
 
 
+def _remove_of_dead(state):
+    """As the targets do, without the request: the password of an engine is gone with the job."""
+    target = state['target']
+    if target['type'] == 'export_domain':
+        return remove_images(target['directory'], state['images'], state.get('vm_id'))
+    return state['upload']['disks'], False
+
+
 def _end_if_dead(state_file):
     scratch = state_file.lock_if_dead()
     if re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
@@ -1588,7 +2276,8 @@ def _end_if_dead(state_file):
         LOG.write('WARNING', 'publishing the ending of a dead job: {}', state_file.path)
         reason = ('all processes of the wrapper were killed, or the host was restarted; the state'
                   ' was last written at {}'.format(state.get('updated_at')))
-        state_file.write(finished_document(state, None, reason), durable=True)
+        cleaned = clean_up(_remove_of_dead, state)
+        state_file.write(finished_document(state, None, reason, (), *cleaned), durable=True)
         for name in os.listdir(state_file.fd):
             if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
                 remove(name, state_file.fd)
@@ -1598,7 +2287,8 @@ def _end_if_dead(state_file):
 # --- Monitor: executes virt-v2v, follows it, publishes its end
 
 # Events that a reader of the state file should see at once, and after a power loss.
-_TRANSITIONS = {'phase', 'disk', 'opened', 'vm_id', 'error'}
+_TRANSITIONS = {'phase', 'disk', 'opened', 'vm_id', 'error', 'stopped', 'image', 'upload_disk',
+                'upload_transfer', 'forged'}
 
 
 def monitor(job, report, answer):
@@ -1650,8 +2340,12 @@ class Conversion:
         self._gather_interval = GATHER_INTERVAL
         self._wake_reader, self._wake_writer = os.pipe()
         self._pid = self._execute()
-        self.facts = Facts(self._pid, os.getpid(), job.request.vm_name, job.paths['wrapper_log'],
-                           job.paths['v2v_log'], timestamp())
+        if job.request.install_drivers and not job.host.drivers:
+            text = 'no drivers for Windows guests were found on this host'
+            LOG.write('WARNING', text)
+            self._progress.apply(Event('warning', text))
+        self.facts = Facts(self._pid, os.getpid(), job.request.vm_name, job.host.target.document(),
+                           job.paths['wrapper_log'], job.paths['v2v_log'], timestamp())
         LOG.write('INFO', 'virt-v2v has process ID {}, wrapper {}', self._pid, os.getpid())
         with blaming('state file'):
             job.state.write(self._document(), durable=True)
@@ -1661,23 +2355,19 @@ class Conversion:
 
     def _execute(self):
         """Start virt-v2v and return its process ID. Raises HostError."""
-        job, monitor_pid = self._job, os.getpid()
-
-        def prepare_child():
-            unblock_signals()
-            system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-            if os.getppid() != monitor_pid:
-                os._exit(1)             # the monitor was killed before that call
-        argv = [job.host.virt_v2v] + make_arguments(
-            job.capability, job.request, job.host.domain.directory, job.host.libdir,
-            job.secret, job.messages.writer)
+        job = self._job
+        if job.request.ssh_key:
+            start_agent(job.request.ssh_key, job.environment)
+        argv = [job.host.virt_v2v] + job.arguments
         LOG.write('INFO', 'executing {}', ' '.join(map(clean, argv)))
+        inherited = [job.messages.writer] + [secret.fd for secret in secrets_of(job.request)
+                                             if secret is not job.request.ssh_key]
         with blaming('virt-v2v'):
             child = subprocess.Popen(
                 argv, env=job.environment, stdin=subprocess.DEVNULL, stdout=job.output.writer,
-                stderr=job.output.writer, pass_fds=(job.secret, job.messages.writer),
-                start_new_session=True, preexec_fn=prepare_child)
-        os.close(job.secret)
+                stderr=job.output.writer, pass_fds=inherited, start_new_session=True,
+                preexec_fn=die_with(os.getpid()))
+        close_secrets(job.request)
         child.returncode = 0            # or Popen would reap it: its ID is ours until the very end
         return child.pid
 
@@ -1794,13 +2484,13 @@ def guard(request, options, identity, directory, problems, answer):
         report = Channel()
         with ExitStack() as undo:
             with interruptible():
-                host = check_host(options, identity, directory, problems, answer)
+                host = check_host(request, options, identity, directory, problems, answer)
                 job = prepare(undo, request, identity, host, answer)
             with blaming('fork'):
                 monitor_pid = fork(lambda: monitor(job, report, answer))
             undo.callback(end_descendants)
             os.close(report.writer)
-            os.close(job.secret)
+            close_secrets(request)
             facts = Facts(**expect_success(report.receive()))
             undo.pop_all()
     except Exception as error:
@@ -1824,10 +2514,11 @@ def guard(request, options, identity, directory, problems, answer):
     return 0
 
 
-def check_host(options, identity, directory, problems, answer):
+def check_host(request, options, identity, directory, problems, answer):
     """Find and check all that virt-v2v would miss only after half an hour. Returns the Host.
 
-    Raises HostError with all problems, which begin with `problems`.
+    `directory` is the export domain. Raises HostError with all problems, which begin with
+    `problems`.
     """
     problems, found = list(problems), []
 
@@ -1839,17 +2530,13 @@ def check_host(options, identity, directory, problems, answer):
         except HostError as error:
             problems.extend(error.problems)
 
-    if directory:
-        with looking_at('export_domain'):
-            found.append(ExportDomain(directory))
-    libdir = options.vddk_libdir or VDDK_LIBDIR
-    subject = '--vddk-libdir ' + as_text(libdir)
-    with looking_at(subject):
-        with blaming(subject + '/lib64'):
-            names = os.listdir(os.path.join(libdir, 'lib64'))
-        if not any(name.startswith('libvixDiskLib.so') for name in names):
-            raise HostError((subject, 'expected lib64/libvixDiskLib.so in it'))
-    found.append(libdir)
+    if not problems:
+        with looking_at(_TARGETS[request.target][0].key):
+            found.append(TARGETS[request.target](request, directory))
+    with looking_at(SUBJECTS[request.transport_method](options)):
+        found.append(SOURCES[request.transport_method](request, options, identity))
+    with looking_at('virtio_win'):
+        drivers = find_drivers(request)
     with looking_at('virt-v2v'):
         candidates = [os.path.join(place, b'virt-v2v') for place in os.environb.get(
             b'PATH', os.fsencode(ADMIN_PATH)).split(b':')]
@@ -1863,7 +2550,7 @@ def check_host(options, identity, directory, problems, answer):
             found.append((path, open_private_directory(path)))
     if problems:
         raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
-    return Host(*found)
+    return Host(*found, drivers=drivers)
 
 
 def prepare(undo, request, identity, host, answer):
@@ -1882,8 +2569,11 @@ def prepare(undo, request, identity, host, answer):
     LOG.write('INFO', '{} {}, Python {}, as user {}, temporary files in {}', PROGRAM, VERSION,
               sys.version.split()[0], identity.name, os.fsdecode(scratch))
     LOG.write('INFO', 'request: {}', request)
+    if request.ignored:
+        LOG.write('WARNING', 'request: unknown keys: {}', ', '.join(request.ignored))
     answer.send('virt-v2v')
-    environment = make_environment(os.environb, identity, scratch, cache_directory(scratch))
+    environment = make_environment(os.environb, request, identity, host.drivers, scratch,
+                                   cache_directory(scratch))
 
     def ask(option):
         status, output = run_program(
@@ -1892,10 +2582,14 @@ def prepare(undo, request, identity, host, answer):
         lines = output.decode('utf-8', 'replace').split()
         LOG.write('INFO', 'virt-v2v {}: status {}: {}', option, status, ' '.join(lines))
         return lines if status == 0 else None
-    return Job(request=request, host=host, capability=capabilities(ask),
-               environment=environment, secret=request.vmware_password.to_descriptor(),
-               scratch=scratch, output=Pipe(), messages=Pipe(), output_log=OutputLog(logs[1]),
-               state=state, paths=paths)
+    capability, messages = capabilities(ask), Pipe()
+    for secret in secrets_of(request):
+        secret.store()
+    arguments = make_arguments(capability, request, host.target.directory, host.libdir,
+                               messages.writer)
+    return Job(request=request, host=host, capability=capability, arguments=arguments,
+               environment=environment, scratch=scratch, output=Pipe(), messages=messages,
+               output_log=OutputLog(logs[1]), state=state, paths=paths)
 
 
 def create_files(undo, scratch, host):
@@ -1952,7 +2646,8 @@ def launch(request, options):
     identity = Identity.find()
     directory, problems = None, ()
     try:
-        directory = export_directory(request.export_domain)
+        if request.export_domain:
+            directory = export_directory(request.export_domain)
     except HostError as error:
         problems = error.problems       # the guardian adds what else is wrong
     identity.become()
@@ -1974,7 +2669,8 @@ def launch(request, options):
         raise HostError((told, 'does not answer')) from None
     if told is None:
         end_guardian(guardian_pid, 0)   # it was killed
-    return expect_success(told), guardian_pid
+    paths = expect_success(told)
+    return dict(paths, ignored_keys=request.ignored) if request.ignored else paths, guardian_pid
 
 
 def end_guardian(pid, patience):
@@ -2300,9 +2996,9 @@ def parse_arguments(arguments):
         def error(self, message):
             raise RequestError(('usage', clean(message) + '; see --help'))
 
-    keys = [textwrap.fill(('' if default is _MANDATORY else 'optional: ') + expected, 79,
-                          initial_indent='  {:20}'.format(key), subsequent_indent=' ' * 22)
-            for key, default, _, expected in _RULES]
+    keys = [textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
+                          initial_indent='  {:20}'.format(rule.key), subsequent_indent=' ' * 22)
+            for rule in _RULES.values()]
     parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION,
                             epilog='\n'.join(['keys of the request:'] + keys + ['', _EPILOG]),
                             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -102,7 +102,7 @@ def test_a_message_that_is_none_changes_nothing(wrapper, message):
                           machine(message + b'\n'), leave(1))
     job = wrapper.start()
     state = job.wait_finished()
-    assert state['last_message'] == {'type': 'error', 'message': 'the real one'}
+    assert state['last_message']['message'] == 'the real one'
     assert b'internal error' not in job.log('wrapper_log')
 
 

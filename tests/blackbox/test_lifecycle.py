@@ -133,7 +133,8 @@ def test_a_conversion_that_fails(wrapper):
     state = wrapper.start().wait_finished()
     assert state['return_code'] == 1
     assert state['failed'] is True
-    assert state['last_message'] == {'type': 'error', 'message': 'cannot log in'}
+    assert state['last_message'] == {
+        'type': 'error', 'message': 'cannot log in', 'code': 'unknown'}
 
 
 @pytest.mark.promise(3)

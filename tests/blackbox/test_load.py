@@ -55,7 +55,7 @@ def test_many_conversions_at_once_all_fail_with_their_own_words(wrapper, count):
     for job in jobs:
         state = job.wait_finished()
         assert (state['return_code'], state['failed']) == (1, True)
-        assert state['last_message'] == {'type': 'error', 'message': 'no space left'}
+        assert state['last_message']['message'] == 'no space left'
     wrapper.wait_gone()
     assert left_over(wrapper, jobs) == []
 

@@ -175,6 +175,7 @@ def test_a_truncated_log_goes_on_at_its_new_end(wrapper):
         os.truncate(conversion.job.paths.v2v_log, 0)
     conversion.fail(lambda: None)
     assert conversion.work(truncate) == b'the last line\n'
+    wrapper.wait_gone()
     wrapper_log = conversion.job.log('wrapper_log')
     assert wrapper_log.endswith(b' INFO virt-v2v ended with 0\n')
     assert len(wrapper_log.splitlines()) == 1

@@ -350,10 +350,11 @@ def test_nothing_but_its_descriptor_shows_a_secret(show):
 
 def contents(secret):
     """Return the bytes in the file of a secret."""
-    fd = secret.to_descriptor()
-    with open(fd, 'rb') as stream:
-        stream.seek(0)
-        return stream.read()
+    secret.store()
+    with open(secret.path, 'rb') as stream:
+        data = stream.read()
+    secret.close()
+    return data
 
 
 def test_the_descriptor_has_the_bytes_of_the_secret():

@@ -100,7 +100,8 @@ class Job:
         self.status = status
         self.stdout = stdout
         self.stderr = stderr
-        self.paths = Paths(**json.loads(stdout.decode())) if stdout else None
+        self.answer = json.loads(stdout.decode()) if stdout else {}
+        self.paths = Paths(*map(self.answer.get, Paths._fields)) if stdout else None
 
     def __repr__(self):
         return 'Job(%r, %r, %r)' % (self.status, self.stdout, self.stderr)

@@ -33,7 +33,7 @@ STOP = {
 }
 # Questions about its capabilities would be asked by children, too.
 STOP['child'] = STOP['monitor'] + """
-module.capabilities = lambda ask: module.Capabilities(True, True, '-ip')
+module.capabilities = lambda ask: module.Capabilities(True, {'vddk', 'output:rhv'}, {'-io', '-ip'})
 """
 
 

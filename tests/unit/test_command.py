@@ -1,6 +1,8 @@
 """What virt-v2v is started with, in the words of the version that is there."""
+import functools
 import json
 import os
+import re
 
 import pytest
 
@@ -9,15 +11,25 @@ from blackbox import PASSWORD, valid_request
 from results import refusal
 from virt_v2v import GENERATIONS
 from virt_v2v_wrapper import (
-    Capabilities, Identity, capabilities, make_arguments, make_environment, parse_request)
+    Capabilities, Identity, capabilities, make_arguments, make_environment, parse_request,
+    secrets_of)
 
-MODERN = Capabilities(messages=True, io_option=True, password_option='-ip')
-FOCAL = Capabilities(messages=False, io_option=True, password_option='-ip')
-RHEL_8_0 = Capabilities(messages=False, io_option=True, password_option='--password-file')
-RHEL_7_5 = Capabilities(messages=False, io_option=False, password_option='--password-file')
-NO_OVIRT = ('virt-v2v: this version cannot write to an oVirt export domain'
-            ' (RHEL 10 has no -o rhv)')
+OVIRT = {'output:rhv', 'output:rhv-upload', 'mac-option', 'vddk'}
+
+
+def knows(messages, *options):
+    """Return what a virt-v2v with these options tells of itself."""
+    return Capabilities(messages, frozenset(OVIRT), frozenset(options))
+
+
+MODERN = knows(True, '-io', '-ip')
+FOCAL = knows(False, '-io', '-ip', '--vddk-libdir', '--password-file')
+RHEL_8_0 = knows(False, '-io', '--vddk-libdir', '--password-file')
+RHEL_7_5 = knows(False, '--vddk-libdir', '--password-file')
+NO_OVIRT = 'virt-v2v: this version cannot write to oVirt (RHEL 10 has no -o rhv)'
+NO_UPLOAD = 'virt-v2v: this version cannot write to oVirt (RHEL 10 has no -o rhv-upload)'
 NO_VDDK = 'virt-v2v: this version cannot read disks with VDDK'
+NO_MAC = 'network_mappings: this version of virt-v2v cannot map a network by mac_address'
 
 
 # --- what there is -----------------------------------------------------------------------
@@ -40,49 +52,25 @@ def stand_in(generation):
 
 
 @pytest.mark.parametrize('version', ['2.2.0', '2.6.0', '2.10.0'])
-def test_a_version_with_messages_knows_all_new_options(version):
-    assert capabilities(answers(True, captures.capabilities(version))) == MODERN
-
-
-def test_a_version_with_messages_is_asked_once():
+def test_a_version_with_messages_is_asked_once(version):
     asked = []
 
     def ask(option):
         asked.append(option)
-        return captures.capabilities('2.2.0')
-    capabilities(ask)
+        return captures.capabilities(version)
+    found = capabilities(ask)
     assert asked == ['--machine-readable=fd:1']
+    assert found.messages and found.options == {'-io', '-ip'}
 
 
-def test_1_40_has_the_new_options_but_no_messages():
+def test_a_version_without_messages_is_asked_for_its_options():
     options = ['-io', '-ip', '--vddk-libdir', '--password-file']
-    assert capabilities(answers(False, captures.capabilities('1.40.2'), options)) == FOCAL
+    found = capabilities(answers(False, captures.capabilities('1.40.2'), options))
+    assert found == (False, set(captures.capabilities('1.40.2')), set(options))
 
 
-@pytest.mark.parametrize('generation, expected', [
-    ('RHEL 7.5', RHEL_7_5), ('RHEL 8.0', RHEL_8_0), ('1.40.2', FOCAL), ('1.44.2', MODERN),
-    ('2.2.0', MODERN), ('2.10.0', MODERN)])
-def test_each_generation_has_its_spelling(generation, expected):
-    assert capabilities(stand_in(generation)) == expected
-
-
-@pytest.mark.parametrize('ask', [
-    answers(False, captures.capabilities('1.36.13'), ['-i', '--password-file']),
-    answers(True, [name for name in captures.capabilities('2.2.0') if name != 'vddk']),
-    stand_in('1.36.13')])
-def test_a_version_without_vddk_is_refused(ask):
-    assert refusal(capabilities, ask) == [NO_VDDK]
-
-
-@pytest.mark.parametrize('ask', [
-    answers(True, [name for name in captures.capabilities('2.10.0')
-                   if not name.startswith('output:ovirt')]),
-    answers(True, [name for name in captures.capabilities('2.2.0') if name != 'output:rhv']),
-    stand_in('RHEL 10'),
-    answers(False, None),
-    answers(False, [])])
-def test_a_version_without_output_to_ovirt_is_refused(ask):
-    assert refusal(capabilities, ask) == [NO_OVIRT]
+def test_a_version_that_answers_nothing_knows_nothing():
+    assert capabilities(answers(False, None)) == (False, set(), set())
 
 
 # --- arguments ---------------------------------------------------------------------------
@@ -92,9 +80,20 @@ URI = 'esx://root@esx.example.com?no_verify=1'
 
 
 def arguments(capability=MODERN, directory='/export', libdir='/vddk', **overrides):
-    """Return the arguments for a request that is valid but for the overrides."""
+    """Return the arguments for a request that is valid but for the overrides.
+
+    A path in /proc/self/fd is replaced by what is to be read there.
+    """
     request = parse_request(json.dumps(valid_request(**overrides)).encode('utf-8'))
-    return make_arguments(capability, request, directory, libdir, 7, 8)
+    files = {}
+    for secret in secrets_of(request):
+        secret.store()
+        files[secret.path.encode('ascii')] = b'(%s)' % secret.read().encode('utf-8')
+    given = make_arguments(capability, request, directory, libdir, 8)
+    for secret in secrets_of(request):
+        secret.close()
+    return [re.sub(rb'/proc/self/fd/[0-9]+', lambda match: files[match.group()], argument)
+            for argument in given]
 
 
 @pytest.mark.parametrize('capability, before, password, vddk', [
@@ -109,7 +108,7 @@ def arguments(capability=MODERN, directory='/export', libdir='/vddk', **override
 ])
 def test_the_arguments_are_those_of_the_version(capability, before, password, vddk):
     expected = ['-v', '-x'] + before + [
-        '--root', 'first', '-i', 'libvirt', '-ic', URI, password, '/proc/self/fd/7', '-it', 'vddk',
+        '--root', 'first', '-i', 'libvirt', '-ic', URI, password, '(%s)' % PASSWORD, '-it', 'vddk',
     ] + vddk + ['-of', 'raw', '-o', 'rhv', '-os', '/export', '--bridge', 'ovirtmgmt', '--', 'vm']
     assert [argument.decode() for argument in arguments(capability)] == expected
 
@@ -141,7 +140,98 @@ def test_a_library_directory_is_passed_on_byte_for_byte():
 
 @pytest.mark.promise(1)
 def test_the_password_is_no_argument():
-    assert PASSWORD.encode() not in b'\n'.join(arguments())
+    request = parse_request(json.dumps(valid_request()).encode('utf-8'))
+    request.vmware_password.store()
+    given = make_arguments(MODERN, request, '/export', '/vddk', 8)
+    request.vmware_password.close()
+    assert PASSWORD.encode() not in b'\n'.join(given)
+
+
+@pytest.mark.parametrize('generation', [
+    'RHEL 7.5', 'RHEL 8.0', '1.40.2', '1.44.2', '2.2.0', '2.10.0'])
+def test_each_generation_is_given_only_what_it_knows(generation):
+    capability = capabilities(stand_in(generation))
+    known = set(GENERATIONS[generation].options) | {'--', '-io', '-ip'} & capability.options
+    given = [word.decode().partition('=')[0] for word in arguments(capability)]
+    assert {word for word in given if word.startswith('-')} <= known | {'--', '--machine-readable'}
+
+
+@pytest.mark.parametrize('capability', [
+    capabilities(answers(False, captures.capabilities('1.36.13'), ['-i', '--password-file'])),
+    MODERN._replace(features=frozenset(OVIRT - {'vddk'})),
+    capabilities(stand_in('1.36.13'))])
+def test_a_version_without_vddk_is_refused(capability):
+    assert refusal(arguments, capability) == [NO_VDDK]
+
+
+@pytest.mark.parametrize('generation', ['RHEL 10'])
+def test_a_version_without_output_to_ovirt_is_refused(generation):
+    capability = capabilities(stand_in(generation))
+    assert refusal(arguments, capability) == [NO_OVIRT]
+    assert refusal(functools.partial(arguments, **UPLOAD), capability) == [NO_UPLOAD]
+
+
+# --- what a request may ask for ----------------------------------------------------------
+
+UPLOAD = {
+    'export_domain': None, 'rhv_url': 'https://engine.example.com/ovirt-engine/api',
+    'rhv_password': 'pass word', 'rhv_cluster': 'Default', 'rhv_storage': 'data-1'}
+
+
+def between(given, first, last):
+    """Return the arguments from the first of a value on, up to another."""
+    words = [word.decode() for word in given]
+    return words[words.index(first):words.index(last)]
+
+
+@pytest.mark.parametrize('feature, output', [
+    ('output:rhv-upload', 'rhv-upload'), ('output:ovirt-upload', 'ovirt-upload')])
+def test_an_upload_goes_to_the_engine(feature, output):
+    given = arguments(MODERN._replace(features=frozenset(['vddk', feature])), **UPLOAD)
+    assert between(given, '-o', '--bridge') == [
+        '-o', output, '-oc', UPLOAD['rhv_url'], '-op', '(pass word)', '-os', 'data-1',
+        '-oo', 'rhv-cluster=Default', '-oo', 'rhv-direct=true', '-oo', 'rhv-verifypeer=true',
+        '-oo', 'rhv-cafile=/etc/pki/vdsm/certs/cacert.pem']
+
+
+def test_an_insecure_upload_verifies_nobody():
+    given = arguments(insecure_connection=True, rhv_cafile='/ca.pem', **UPLOAD)
+    assert between(given, '-oo', '--bridge')[-2:] == ['-oo', 'rhv-verifypeer=false']
+
+
+def test_networks_are_mapped_before_the_rest_goes_to_ovirtmgmt():
+    given = arguments(network_mappings=[
+        {'source': 'VM Network', 'destination': 'red: 1'},
+        {'source': 'x', 'destination': 'blue', 'mac_address': '00:50:56:AB:CD:EF', 'more': 1}])
+    assert between(given, '--bridge', '--') == [
+        '--bridge', 'VM Network:red: 1', '--mac', '00:50:56:ab:cd:ef:bridge:blue',
+        '--bridge', 'ovirtmgmt']
+
+
+def test_a_version_without_mac_option_refuses_a_mac_address():
+    mapping = {'source': 'x', 'destination': 'y', 'mac_address': '00:50:56:ab:cd:ef'}
+    old = MODERN._replace(features=frozenset(OVIRT - {'mac-option'}))
+    assert refusal(functools.partial(arguments, network_mappings=[mapping]), old) == [NO_MAC]
+
+
+@pytest.mark.parametrize('overrides, expected', [
+    ({'allocation': 'sparse'}, ['-oa', 'sparse']),
+    ({'allocation': 'preallocated'}, ['-oa', 'preallocated']),
+    ({'new_vm_name': '-x y'}, ['-on', '-x y']),
+    ({'luks_keys': [{'device': 'all', 'key': 'k'}, {'device': '/dev/sda2', 'clevis': True}]},
+     ['--key', 'all:file:(k)', '--key', '/dev/sda2:clevis']),
+    ({'root': 'single'}, ['--root', 'single']),
+    ({'root': '/dev/sda2'}, ['--root', '/dev/sda2'])])
+def test_each_key_becomes_its_option(overrides, expected):
+    given = [word.decode() for word in arguments(**overrides)]
+    start = given.index(expected[0])
+    assert given[start:start + len(expected)] == expected
+
+
+def test_a_guest_is_read_by_ssh():
+    given = arguments(transport_method='ssh', vm_name='ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx')
+    assert between(given, '-i', '-of') == ['-i', 'vmx', '-it', 'ssh']
+    assert given[-1] == b'ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx'
 
 
 # --- environment -------------------------------------------------------------------------
@@ -154,10 +244,15 @@ OURS = {
     b'HOME': os.fsencode('/home/v\u00fc'), b'USER': b'vdsm', b'LOGNAME': b'vdsm'}
 
 
-def environment(**inherited):
+SSH = {'transport_method': 'ssh', 'vm_name': 'ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx'}
+KEY = '-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n'
+
+
+def environment(request=None, drivers=None, **inherited):
     """Return what of these variables virt-v2v gets, and the wrapper's own."""
     given = {name.encode(): value.encode() for name, value in inherited.items()}
-    return make_environment(given, IDENTITY, b'/scratch', b'/cache')
+    request = parse_request(json.dumps(valid_request(**request or {})).encode('utf-8'))
+    return make_environment(given, request, IDENTITY, drivers, b'/scratch', b'/cache')
 
 
 def test_an_empty_environment_is_completed():
@@ -190,5 +285,17 @@ def test_what_the_wrapper_decides_is_not_overridden(name):
 
 def test_the_callers_environment_is_left_alone():
     inherited = {b'PATH': b'/bin', b'HOME': b'/root'}
-    make_environment(inherited, IDENTITY, b'/scratch', b'/cache')
+    request = parse_request(json.dumps(valid_request()).encode('utf-8'))
+    make_environment(inherited, request, IDENTITY, '/drivers', b'/scratch', b'/cache')
     assert inherited == {b'PATH': b'/bin', b'HOME': b'/root'}
+
+
+def test_drivers_that_were_found_replace_the_caller_s():
+    assert environment(drivers='/iso', VIRTIO_WIN='theirs')[b'VIRTIO_WIN'] == b'/iso'
+
+
+@pytest.mark.parametrize('more, expected', [
+    ({}, b'/theirs'), ({'ssh_key': KEY}, b'/scratch/agent')])
+def test_ssh_asks_the_agent_of_the_job_or_of_the_caller(more, expected):
+    given = environment(request=dict(SSH, **more), SSH_AUTH_SOCK='/theirs')
+    assert given[b'SSH_AUTH_SOCK'] == expected

@@ -16,7 +16,7 @@ from virt_v2v_wrapper import (
 
 pytestmark = pytest.mark.promise(8)
 
-FACTS = Facts(4711, 4710, 'vm', '/w.log', '/v.log', '2026-11-23T08:00:00Z')
+FACTS = Facts(4711, 4710, 'vm', {}, '/w.log', '/v.log', '2026-11-23T08:00:00Z')
 ID = '4aaed60a-be8a-4362-b7f6-9252502c72fc'
 SECTION = "    <Section ovf:id='{}' ovf:required='false' xsi:type='ovf:{}'>".format(
     ID, 'OperatingSystemSection_Type')
@@ -548,7 +548,7 @@ def test_a_wrapped_error_may_end_with_the_output():
     'guestfsd: error: /usr/bin/perl: No such file or directory',
     'libguestfs: trace: v2v: download = -1 (error)',
     'xvirt-v2v: error: x',
-    'virt-v2v: warning: error: x',
+    'xvirt-v2v: warning: error: x',
     'Failed to determine unit we run in, ignoring: No data available',
     'supermin: error: x',
 ])
@@ -726,3 +726,72 @@ def patterns():
 def test_no_pattern_repeats_what_repeats(pattern):
     """Then none takes exponential time: (a+)+, (a*)* and the like."""
     assert not re.search(r'[+*]\)[+*]', pattern)
+
+
+# --- what virt-v2v makes, and what it warns of -------------------------------------------
+
+IMAGE = 'RHV: disk: /export/domain/images/{0}/{0}'.format(ID)
+
+
+@pytest.mark.parametrize('text, event', [
+    (IMAGE, ('image', ID)),
+    (IMAGE.replace('RHV', 'ovirt'), ('image', ID)),
+    ("disk.id = '%s'" % ID, ('upload_disk', ID)),
+    ("transfer.id = '%s'" % ID, ('upload_transfer', ID)),
+    ('libnbd: debug: nbd1: nbd_get_size: leave: ret=629145600', ('size', 629145600))])
+def test_what_is_made_is_believed_while_the_target_is_set_up(text, event):
+    assert in_modern(TARGET, text) == [event]
+    assert in_modern(GUEST, text) == []
+    assert in_modern(OPENING, text) == []
+
+
+@pytest.mark.parametrize('text', [
+    ' ' + IMAGE, IMAGE[:-40], IMAGE.replace(ID, '../x'), "disk.id = 'x'",
+    "xdisk.id = '%s'" % ID, 'guest says ' + IMAGE])
+def test_what_only_looks_like_something_made_is_not_believed(text):
+    assert in_modern(TARGET, text) == []
+
+
+@pytest.mark.parametrize('text', [IMAGE, "disk.id = '%s'" % ID])
+def test_what_a_guest_says_made_before_the_target_is_forgotten(text):
+    """It says the line of the phase too early; virt-v2v's own line shows that."""
+    parser, progress = modern(GUEST), Progress(())
+    parser.messages(json_message(TARGET))
+    for event in parser.output(phase_line(TARGET) + line(text) + phase_line(TARGET)):
+        progress.apply(event)
+    state = progress.document(FACTS)
+    assert 'images' not in state and 'upload' not in state
+
+
+@pytest.mark.parametrize('events', [in_modern, in_legacy])
+def test_without_messages_nothing_is_taken_for_made(events):
+    assert bool(events(TARGET, IMAGE)) == (events is in_modern)
+
+
+@pytest.mark.parametrize('phase', [OPENING, GUEST, COPYING])
+def test_virt_v2v_says_which_signal_ends_it(phase):
+    bar = BAR.format(12, '*****') + '\r'
+    assert ('stopped', 'SIGTERM') in in_modern(phase, bar + 'virt-v2v: Exiting on signal SIGTERM')
+
+
+def test_a_phase_that_follows_shows_that_no_signal_ended_it():
+    parser = modern(GUEST)
+    parser.output(line('virt-v2v: Exiting on signal SIGTERM'))
+    parser.messages(json_message(TARGET))
+    assert parser.output(phase_line(TARGET)) == [('idle', None)]
+    assert parser.end() == []
+
+
+def test_a_version_without_messages_warns_in_lines():
+    assert in_legacy(COPYING, 'virt-v2v: warning: careful') == [('warning', 'careful')]
+    assert in_modern(COPYING, 'virt-v2v: warning: careful') == []
+
+
+def test_the_metadata_of_an_upload_have_the_id_of_its_vm():
+    text = "  <OperatingSystemSection ovf:id='%s' ovf:required='false' ovirt:id='1300'>" % ID
+    assert in_modern(METADATA, text) == [('vm_id', ID)]
+
+
+def test_the_file_of_a_disk_that_ssh_reads_is_that_of_a_source():
+    text = ("nbdkit 'ssh' 'host=esx' 'path=/vmfs/volumes/ds 1/vm/vm-flat.vmdk' 'user=root'")
+    assert in_modern(OPENING, text) == [('source', '[ds 1] vm/vm.vmdk')]

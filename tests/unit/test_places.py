@@ -2,6 +2,7 @@
 import contextlib
 import grp
 import itertools
+import json
 import os
 import pwd
 import shutil
@@ -10,9 +11,11 @@ import tempfile
 import pytest
 
 import virt_v2v_wrapper
+from blackbox import valid_request
 from results import mode, refusal
 from virt_v2v_wrapper import (
-    ExportDomain, HostError, Identity, Options, check_host, find_nfs_mount, open_private_directory)
+    ExportDomain, HostError, Identity, Options, check_host, find_nfs_mount, open_private_directory,
+    parse_request)
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 OTHER = '1c8d2c6a-0000-4000-8000-0123456789AB'
@@ -295,19 +298,23 @@ def make_program(directory, bits=0o755):
     (directory / 'virt-v2v').chmod(bits)
 
 
+REQUEST = parse_request(json.dumps(valid_request()).encode('utf-8'))
+
+
 def checked(host, identity=USER, libdir='vddk', directories=(None, None), problems=()):
     """Return the Host of a job on a host."""
     options = Options(*directories, str(host / libdir))
     directory = None if problems else str(host / 'export')
-    return check_host(options, identity, directory, problems, Answer())
+    return check_host(REQUEST, options, identity, directory, problems, Answer())
 
 
 def test_the_launcher_is_told_what_is_looked_at(host):
     answer = Answer()
     options = Options('/l', '/s', str(host / 'vddk'))
-    check_host(options, USER, str(host / 'export'), (), answer)
+    check_host(REQUEST, options, USER, str(host / 'export'), (), answer)
     assert answer.told == [
-        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v', '/l', '/s']
+        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virtio_win', 'virt-v2v',
+        '/l', '/s']
 
 
 def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):

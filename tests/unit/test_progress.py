@@ -12,7 +12,8 @@ from virt_v2v_wrapper import (
     Event, Facts, Progress, finished_document, signal_name, timestamp)
 
 A, B, C = '[ds] vm/a.vmdk', '[ds] vm/b.vmdk', '[ds] vm/c.vmdk'
-FACTS = Facts(pid=4711, wrapper_pid=4710, vm_name='vm', wrapper_log='/w.log', v2v_log='/v.log',
+FACTS = Facts(pid=4711, wrapper_pid=4710, vm_name='vm', target={}, wrapper_log='/w.log',
+              v2v_log='/v.log',
               started_at='2026-11-23T08:00:00Z')
 POINTER = 'nbdcopy command failed, see earlier error messages'
 
@@ -214,7 +215,7 @@ def test_a_warning_is_no_error():
 
 def test_an_error_is_the_last_message():
     assert document([error('no such guest')])['last_message'] == {
-        'type': 'error', 'message': 'no such guest'}
+        'type': 'error', 'message': 'no such guest', 'code': 'unknown'}
 
 
 NBDKIT = cause('nbdkit: file.3: error: pwrite: No space left on device')
@@ -253,10 +254,8 @@ def test_an_error_that_points_back_is_followed_by_its_cause(events, text):
     (0, 'e', None, None),
     (0, 'e', 'r', None),
     (1, 'e', None, 'e'),
-    (1, None, None, 'virt-v2v ended with status 1 and no error message, as it does when a signal'
-                    ' tells it to stop'),
-    (2, '', None, 'virt-v2v ended with status 2 and no error message, as it does when a signal'
-                  ' tells it to stop'),
+    (1, None, None, 'virt-v2v ended with status 1 and no error message'),
+    (2, '', None, 'virt-v2v ended with status 2 and no error message'),
     (1, None, 'r', 'r'),
     (1, 'e', 'r', 'r (e)'),
     (-9, None, None, 'virt-v2v was killed by SIGKILL'),
@@ -299,8 +298,8 @@ def test_a_signal_has_a_name(number, name):
 # --- the published document --------------------------------------------------------------
 
 FULL = [source(A)] + copying(1, 1) + [percent(44.5), vm_id('id'), error('e')]
-FIRST_KEYS = ['started', 'pid', 'wrapper_pid', 'vm_name', 'wrapper_log', 'v2v_log', 'started_at',
-              'disks', 'disk_count', 'updated_at']
+FIRST_KEYS = ['started', 'pid', 'wrapper_pid', 'vm_name', 'target', 'wrapper_log', 'v2v_log',
+              'started_at', 'disks', 'disk_count', 'updated_at']
 FULL_KEYS = FIRST_KEYS + ['phase', 'vm_id', 'last_message']
 TIME = re.compile('[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z')
 
@@ -323,7 +322,7 @@ def test_the_keys_have_an_order(events, keys):
 
 @pytest.mark.parametrize('return_code, keys', [
     (0, FULL_KEYS[:-1] + ['return_code', 'finished_at', 'finished']),
-    (1, FULL_KEYS + ['return_code', 'failed', 'finished_at', 'finished']),
+    (1, FULL_KEYS[:-1] + ['return_code', 'last_message', 'failed', 'finished_at', 'finished']),
     (None, FULL_KEYS + ['failed', 'finished_at', 'finished'])])
 def test_the_keys_of_the_end_come_last(return_code, keys):
     assert list(finished(FULL, return_code)) == keys
@@ -333,11 +332,11 @@ def test_the_state_is_json_of_the_published_types():
     state = published(document(FULL))
     assert TIME.fullmatch(state.pop('updated_at'))
     assert state == {
-        'started': True, 'pid': 4711, 'wrapper_pid': 4710, 'vm_name': 'vm',
+        'started': True, 'pid': 4711, 'wrapper_pid': 4710, 'vm_name': 'vm', 'target': {},
         'wrapper_log': '/w.log', 'v2v_log': '/v.log', 'started_at': FACTS.started_at,
         'disks': [{'path': A, 'progress': 44.5}], 'disk_count': 1,
         'phase': 'Copying disk 1/1', 'vm_id': 'id',
-        'last_message': {'type': 'error', 'message': 'e'}}
+        'last_message': {'type': 'error', 'message': 'e', 'code': 'unknown'}}
 
 
 def test_a_disk_has_its_path_first():
@@ -364,15 +363,15 @@ def test_a_time_is_utc(monkeypatch):
 @pytest.mark.parametrize('return_code, reason, end', [
     (0, None, {'return_code': 0, 'disks': [{'path': A, 'progress': 100}]}),
     (-9, 'r', {'return_code': -9, 'disks': [{'path': A, 'progress': 44.5}], 'failed': True,
-               'last_message': {'type': 'error', 'message': 'r (e)'}}),
+               'last_message': {'type': 'error', 'message': 'r (e)', 'code': 'unknown'}}),
     (None, 'r', {'disks': [{'path': A, 'progress': 44.5}], 'failed': True,
-                 'last_message': {'type': 'error', 'message': 'r (e)'}})])
+                 'last_message': {'type': 'error', 'message': 'r (e)', 'code': 'unknown'}})])
 def test_the_last_state_says_how_it_ended(return_code, reason, end):
     state = published(finished(FULL, return_code, reason))
     time_of_end = state.pop('finished_at')
     assert TIME.fullmatch(time_of_end)
     assert state == dict(end, **{
-        'started': True, 'pid': 4711, 'wrapper_pid': 4710, 'vm_name': 'vm',
+        'started': True, 'pid': 4711, 'wrapper_pid': 4710, 'vm_name': 'vm', 'target': {},
         'wrapper_log': '/w.log', 'v2v_log': '/v.log', 'started_at': FACTS.started_at,
         'disk_count': 1, 'updated_at': time_of_end, 'phase': 'Copying disk 1/1', 'vm_id': 'id',
         'finished': True})
@@ -415,6 +414,12 @@ VALUES = {
     'cause': st.sampled_from(['nbdkit: c', 'nbdcopy: c', ': c']),
     'vm_id': st.sampled_from(['x', 'y']),
     'warning': st.just('w'),
+    'size': st.integers(0, 1 << 60),
+    'image': st.just('i'),
+    'upload_disk': st.just('d'),
+    'upload_transfer': st.just('t'),
+    'stopped': st.just('SIGTERM'),
+    'forged': st.none(),
 }
 EVENTS = st.lists(st.one_of([st.builds(Event, st.just(name), VALUES[name])
                              for name in sorted(VALUES)]), max_size=25)
@@ -452,3 +457,50 @@ def test_listed_disks_stay_and_progress_does_not_go_backwards(events, listed):
 @settings(max_examples=10000)
 def test_in_10000_conversions_progress_does_not_go_backwards(events, listed):
     check_states(events, listed)
+
+
+# --- warnings, sizes, what was made ------------------------------------------------------
+
+def test_warnings_are_shown_once_and_not_too_many_or_too_long():
+    texts = ['x' * 5000, 'again', 'again'] + ['number %d' % number for number in range(50)]
+    warnings = document([Event('warning', text) for text in texts])['warnings']
+    assert warnings[:3] == ['x' * 1024, 'again', 'number 0']
+    assert len(warnings) == 20
+
+
+def test_a_disk_has_its_size_where_each_has_one():
+    events = [source(A), source(B), Event('size', 7), Event('size', 8)] + copying(1, 2)
+    assert [disk.get('bytes') for disk in document(events)['disks']] == [7]
+    assert [disk.get('bytes') for disk in document(events + copying(2, 2))['disks']] == [7, 8]
+
+
+def test_a_size_that_may_be_another_disk_s_is_not_shown():
+    events = [source(A), Event('size', 7), Event('size', 8)] + copying(1, 1)
+    assert 'bytes' not in document(events)['disks'][0]
+
+
+def test_a_listed_disk_that_the_guest_has_not_is_marked():
+    events = [source(A)] + copying(1, 1) + [percent(100), Event('idle', None)]
+    state = finished(events, 0, None, [A, B])
+    assert state['disks'] == [
+        {'path': A, 'progress': 100}, {'path': B, 'progress': 0, 'unknown': True}]
+    assert state['warnings'] == ['the guest has no disk ' + B]
+
+
+def test_what_was_made_is_shown_until_it_proves_forged():
+    events = [Event('image', 'i'), Event('upload_disk', 'd'), Event('upload_transfer', 't')]
+    state = document(events)
+    assert state['images'] == ['i']
+    assert state['upload'] == {'disks': ['d'], 'transfers': ['t']}
+    forged = document(events + [Event('forged', None)])
+    assert 'images' not in forged and 'upload' not in forged
+
+
+def test_what_could_not_be_removed_is_named():
+    state = finished_document(document([]), 1, None, (), ['/images/x'])
+    assert state['left_behind'] == ['/images/x']
+
+
+def test_a_vm_that_is_complete_all_the_same_is_told():
+    state = finished_document(document([]), 1, 'r', (), (), True)
+    assert message(state) == 'r; but the new VM is complete, and was kept'

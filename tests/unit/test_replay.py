@@ -7,7 +7,7 @@ import pytest
 from captures import Recording, condensed, load
 from virt_v2v_wrapper import Facts, Parser, Progress, finished_document
 
-FACTS = Facts(4711, 4710, 'vm', '/w.log', '/v.log', '2026-11-23T08:00:00Z')
+FACTS = Facts(4711, 4710, 'vm', {}, '/w.log', '/v.log', '2026-11-23T08:00:00Z')
 
 
 # --- playing it --------------------------------------------------------------------------
@@ -53,6 +53,7 @@ LOGIN = ("exception: libvirt: VIR_ERR_INTERNAL_ERROR: VIR_FROM_ESX: internal err
          " incorrect user name or password.")
 FULL = ('nbdcopy command failed, see earlier error messages (nbdkit: file.3: error: pwrite: No'
         ' space left on device; nbdcopy: write at offset 51904512 failed: No space left on device)')
+STOPPED = 'virt-v2v was told to stop by SIGTERM'
 
 CONVERSIONS = {
     '2.2.0-vddk-three-disks': Conversion(
@@ -68,7 +69,7 @@ CONVERSIONS = {
     '2.2.0-vddk-disk-full': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 0)], 1, 'Copying disk 1/1', FULL, None),
     '2.2.0-vddk-sigterm': Conversion(
-        True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', None, None),
+        True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', STOPPED, None),
     '2.2.0-vddk-sigkill': Conversion(
         True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', None, None),
     '2.2.0': Conversion(
@@ -113,8 +114,7 @@ def test_a_recording_has_its_last_phase(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_its_error(name):
     text = CONVERSIONS[name].error
-    published = {'type': 'error', 'message': text} if text else None
-    assert replayed(name).state.get('last_message') == published
+    assert replayed(name).state.get('last_message', {}).get('message') == text
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -131,18 +131,19 @@ def test_listed_disks_are_those_that_are_copied():
 @pytest.mark.parametrize('name', ['2.2.0', '2.10.0', '1.40.2'])
 def test_listed_disks_stand_in_for_those_that_nothing_names(name):
     disks = replayed(name, ('[ds] b', '[ds] a')).state['disks']
-    assert [tuple(disk.values()) for disk in disks] == [('[ds] b', 100), ('[ds] a', 100)]
+    assert [(disk['path'], disk['progress']) for disk in disks] == [
+        ('[ds] b', 100), ('[ds] a', 100)]
 
 
 @pytest.mark.parametrize('name, return_code, text', [
     ('2.2.0-vddk-disk-full', 1, FULL),
-    ('2.2.0-vddk-sigterm', 1, 'virt-v2v ended with status 1 and no error message, as it does when a'
-                              ' signal tells it to stop'),
+    ('2.2.0-vddk-sigterm', 1, STOPPED),
     ('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL'),
 ])
 def test_the_final_state_says_why_it_failed(name, return_code, text):
     state = finished_document(replayed(name).state, return_code, None)
-    assert state['last_message'] == {'type': 'error', 'message': text}
+    assert state['last_message']['message'] == text
+    assert state.get('cancelled') == (True if text == STOPPED else None)
 
 
 # --- in pieces ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ SHA256 = ':'.join(['F7'] * 32)
 EXPECTED = {
     'vm_name': 'a non-empty string of at most 4096 bytes without control characters',
     'output_format': '"raw" or "qcow2"',
-    'transport_method': '"vddk"',
+    'transport_method': '"vddk" or "ssh"',
     'vmware_uri': 'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password',
     'vmware_password': 'a non-empty string without NUL or line ends',
     'vmware_fingerprint': '20 or 32 colon-separated pairs of hex digits',
@@ -51,9 +51,12 @@ def problems(data):
 
 def content(request):
     """Return what is in the file that virt-v2v reads the password from."""
-    with open(request.vmware_password.to_descriptor(), 'rb') as stream:
-        stream.seek(0)
-        return stream.read()
+    request.vmware_password.store()
+    with open(request.vmware_password.path, 'rb') as stream:
+        data = stream.read()
+    assert request.vmware_password.read().encode('utf-8') == data
+    request.vmware_password.close()
+    return data
 
 
 # --- what is accepted --------------------------------------------------------------------
@@ -113,8 +116,10 @@ def test_a_password_is_forgotten_when_it_is_in_its_file():
 def test_the_file_of_a_password_is_only_for_its_user_to_read(monkeypatch, offered):
     if not offered:                     # before Python 3.8, or where a system lacks it
         monkeypatch.delattr(os, 'memfd_create', raising=False)
-    with open(parsed().vmware_password.to_descriptor(), 'rb') as stream:
-        status = os.fstat(stream.fileno())
+    password = parsed().vmware_password
+    password.store()
+    status = os.fstat(password.fd)
+    password.close()
     assert (stat.S_IMODE(status.st_mode), status.st_nlink) == (0o400, 0)
 
 
@@ -136,9 +141,13 @@ def test_an_optional_key_has_a_default(key, default, absent):
 
 def test_unknown_keys_are_named_and_otherwise_ignored():
     extra = {'z_new': 1, 'a_new': {'b': [None, True, 1.5]}}
-    assert parsed(**extra)._replace(unknown=(), vmware_password='') == parsed()._replace(
+    assert parsed(**extra)._replace(ignored=(), vmware_password='') == parsed()._replace(
         vmware_password='')
-    assert parsed(**extra).unknown == ('a_new', 'z_new')
+    assert parsed(**extra).ignored == ('a_new', 'z_new')
+
+
+def test_keys_of_another_target_or_transport_are_ignored():
+    assert parsed(rhv_password='p', ssh_key=1).ignored == ('rhv_password', 'ssh_key')
 
 
 def test_a_request_of_the_greatest_length_is_accepted():
@@ -181,7 +190,7 @@ CONTROL = ['\0', '\n', '\r', '\t', '\x1b[31m', '\x7f', '\x85', '\x9b', '\u2028',
     ('output_format', 'RAW'),
     ('output_format', 'vmdk'),
     ('transport_method', ''),
-    ('transport_method', 'ssh'),
+    ('transport_method', 'scp'),
     ('transport_method', 'VDDK'),
     ('vmware_uri', ''),
     ('vmware_uri', 'esx.example.com'),
@@ -282,14 +291,117 @@ def test_a_wrong_value_is_refused_by_a_text_that_names_the_key(key, value):
 def test_all_problems_are_reported_in_the_order_of_the_table():
     assert problems(b'{"source_disks": "x", "vm_name": "", "output_format": "x"}') == [
         'vm_name: expected ' + EXPECTED['vm_name'],
-        'output_format: expected ' + EXPECTED['output_format'],
-        'transport_method: missing, expected ' + EXPECTED['transport_method'],
         'vmware_uri: missing, expected ' + EXPECTED['vmware_uri'],
         'vmware_password: missing, expected ' + EXPECTED['vmware_password'],
         'vmware_fingerprint: missing, expected ' + EXPECTED['vmware_fingerprint'],
-        'export_domain: missing, expected ' + EXPECTED['export_domain'],
+        'transport_method: missing, expected ' + EXPECTED['transport_method'],
+        'output_format: expected ' + EXPECTED['output_format'],
         'source_disks: expected ' + EXPECTED['source_disks'],
+        'export_domain: missing, expected ' + EXPECTED['export_domain'],
     ]
+
+
+# --- what is refused: the keys that few requests have ------------------------------------
+
+SSH = {'transport_method': 'ssh', 'vm_name': 'ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx'}
+UPLOAD = {'export_domain': ABSENT, 'rhv_url': 'https://engine/ovirt-engine/api',
+          'rhv_password': 'p', 'rhv_cluster': 'c', 'rhv_storage': 's'}
+KEY = '-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----'
+NETWORKS = 'a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional}'
+LUKS = 'a list of {"device": "all" or "/dev/...", "key": PASSPHRASE, or "clevis": true}'
+PATH = 'the absolute path of an ISO image or a directory'
+NETWORK = {'source': 'a', 'destination': 'b'}
+BOOL = 'true or false'
+
+
+@pytest.mark.parametrize('base, key, value, expected', [
+    ({}, 'network_mappings', {}, NETWORKS),
+    ({}, 'network_mappings', ['a:b'], NETWORKS),
+    ({}, 'network_mappings', [NETWORK, {'source': 'a'}], NETWORKS),
+    ({}, 'network_mappings', [{'destination': 'a'}], NETWORKS),
+    ({}, 'network_mappings', [dict(NETWORK, source='a:b')], NETWORKS),
+    ({}, 'network_mappings', [dict(NETWORK, source='')], NETWORKS),
+    ({}, 'network_mappings', [dict(NETWORK, destination='a\nb')], NETWORKS),
+    ({}, 'network_mappings', [dict(NETWORK, mac_address='00:50:56:ab:cd')], NETWORKS),
+    ({}, 'network_mappings', [dict(NETWORK, mac_address=7)], NETWORKS),
+    ({}, 'allocation', 'thin', '"sparse" or "preallocated"'),
+    ({}, 'install_drivers', 'yes', BOOL),
+    ({}, 'install_drivers', 1, BOOL),
+    ({}, 'virtio_win', 'virtio-win.iso', PATH),
+    ({}, 'virtio_win', True, PATH),
+    ({}, 'luks_keys', {'device': 'all', 'key': 'k'}, LUKS),
+    ({}, 'luks_keys', [{'device': 'all'}], LUKS),
+    ({}, 'luks_keys', [{'key': 'k'}], LUKS),
+    ({}, 'luks_keys', [{'device': 'all', 'key': 'k', 'clevis': True}], LUKS),
+    ({}, 'luks_keys', [{'device': 'all', 'clevis': False}], LUKS),
+    ({}, 'luks_keys', [{'device': 'all:file:/etc/shadow', 'clevis': True}], LUKS),
+    ({}, 'luks_keys', [{'device': 'sda2', 'key': 'k'}], LUKS),
+    ({}, 'luks_keys', [{'device': 'all', 'key': 'a\nb'}], LUKS),
+    ({}, 'luks_keys', [{'device': 'all', 'key': 7}], LUKS),
+    ({}, 'root', 'ask', '"first", "single" or "/dev/..."'),
+    ({}, 'root', 'sda', '"first", "single" or "/dev/..."'),
+    ({}, 'new_vm_name', '', EXPECTED['vm_name']),
+    (SSH, 'vm_name', 'vm', 'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
+    (SSH, 'vm_name', 'ssh://esx/a.vmx',
+     'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
+    (SSH, 'vm_name', 'ssh://root@-oProxyCommand=x/a.vmx',
+     'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
+    (SSH, 'ssh_key', '/root/.ssh/id_rsa', 'the text of a private key that needs no passphrase'),
+    (SSH, 'ssh_key', '', 'the text of a private key that needs no passphrase'),
+    (UPLOAD, 'rhv_url', 'http://engine/ovirt-engine/api',
+     'https://[USER@]HOST[:PORT]/ovirt-engine/api without a password'),
+    (UPLOAD, 'rhv_url', 'https://engine/ovirt-engine/api/',
+     'https://[USER@]HOST[:PORT]/ovirt-engine/api without a password'),
+    (UPLOAD, 'rhv_url', 'https://admin@internal:needle@engine/ovirt-engine/api',
+     'https://[USER@]HOST[:PORT]/ovirt-engine/api without a password'),
+    (UPLOAD, 'rhv_password', 'p ',
+     'a non-empty string without NUL, line ends, or white space at its end'),
+    (UPLOAD, 'rhv_password', 7,
+     'a non-empty string without NUL, line ends, or white space at its end'),
+    (UPLOAD, 'rhv_storage', 'a*',
+     'the name of a storage domain: letters, digits, "_" and "-"'),
+    (UPLOAD, 'rhv_cafile', 'ca.pem', 'an absolute path'),
+    (UPLOAD, 'insecure_connection', 'true', BOOL),
+])
+def test_a_wrong_value_of_a_rare_key_is_refused(base, key, value, expected):
+    assert problems(dict(base, **{key: value})) == ['{}: expected {}'.format(key, expected)]
+
+
+@pytest.mark.parametrize('key', ['rhv_password', 'rhv_cluster', 'rhv_storage'])
+def test_an_upload_needs_all_its_keys(key):
+    text, = problems(dict(UPLOAD, **{key: ABSENT}))
+    assert text.startswith(key + ': missing, expected ')
+
+
+def test_two_targets_are_refused():
+    assert problems(dict(UPLOAD, export_domain='/dir')) == [
+        'request: expected either export_domain or rhv_url, found both']
+
+
+def test_a_request_for_an_upload_needs_no_export_domain():
+    request = parsed(**UPLOAD)
+    assert (request.target, request.export_domain) == ('rhv_upload', None)
+    assert request.rhv_cafile == '/etc/pki/vdsm/certs/cacert.pem'
+
+
+def test_a_request_for_ssh_needs_nothing_of_vddk():
+    request = parsed(vmware_uri=ABSENT, vmware_password=ABSENT, vmware_fingerprint=ABSENT,
+                     ssh_key=KEY, **SSH)
+    assert request.ssh_key.read() == KEY + '\n'
+    assert request.vmware_uri is None
+
+
+@pytest.mark.promise(1)
+@pytest.mark.parametrize('overrides', [
+    dict(UPLOAD, rhv_password='needle'), {'luks_keys': [{'device': 'all', 'key': 'needle'}]},
+    dict(SSH, ssh_key=KEY.replace('AAAA', 'needle'))])
+def test_no_secret_is_in_the_repr_of_a_request(overrides):
+    assert 'needle' not in repr(parsed(**overrides))
+
+
+def test_a_misspelt_key_is_named_beside_the_one_that_is_missing():
+    assert problems({'vm_name': ABSENT, 'vmname': 'vm', 'Pa55': 1}) == [
+        'vm_name: missing, expected ' + EXPECTED['vm_name'], 'request: unknown keys: vmname']
 
 
 # --- what is refused: JSON ---------------------------------------------------------------
@@ -349,7 +461,7 @@ def test_what_is_not_one_proper_json_object_is_refused(data, text):
 
 def test_several_keys_given_twice_are_all_named():
     assert problems(VALID[:-1] + b',' + VALID[1:])[:2] == [
-        'request: vm_name is given twice', 'request: transport_method is given twice']
+        'request: vm_name is given twice', 'request: vmware_uri is given twice']
 
 
 # --- where it is read from ---------------------------------------------------------------

@@ -117,7 +117,7 @@ class Tampered:
     'module.nothing_of_this_name = None',
     'def change(function=module.nothing_of_this_name):\n    pass',
     'module.Secret.nothing_of_this_name = None',
-    'module.Secret.to_descriptor = module.nothing_of_this_name.reveal'])
+    'module.Secret.store = module.nothing_of_this_name.reveal'])
 def test_what_is_tampered_with_has_to_be_there(tmp_path, changes):
     wrapper = Tampered(tmp_path)
     with pytest.raises(AssertionError) as caught:

@@ -1,0 +1,124 @@
+"""After any ending but success, nothing that a job has made is left in the export domain."""
+import os
+import signal
+
+import pytest
+
+from blackbox import DOMAIN
+from eventually import eventually
+from jobs import kill_wrapper, wait_ended
+from virt_v2v import error, leave, phase, reach, stdout, wait
+
+pytestmark = pytest.mark.promise(3)
+
+IMAGE = '11111111-0000-4000-8000-0123456789ab'
+OTHER = '22222222-0000-4000-8000-0123456789ab'
+VM = '33333333-0000-4000-8000-0123456789ab'
+TARGET = 'Setting up the destination: -o rhv -os /export'
+
+
+def image_of(name):
+    """Say where the disk of an image will be."""
+    return stdout(b'RHV: disk: /export/%s/images/%s/%s\n' % (
+        DOMAIN.encode(), name.encode(), VM.encode()))
+
+
+def make_image(wrapper, name):
+    """Make an image as virt-v2v does; return its path."""
+    path = os.path.join(wrapper.export_domain, DOMAIN, 'images', name)
+    os.mkdir(path)
+    with open(os.path.join(path, VM), 'wb') as stream:
+        stream.write(b'disk')
+    os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    return path
+
+
+def start_copying(wrapper, *steps):
+    """Start a job that has made an image; then it waits, and plays steps. Return both."""
+    wrapper.virt_v2v.play(phase(TARGET), image_of(IMAGE), reach('target'), wait('on'), *steps)
+    job = wrapper.start()
+    wrapper.virt_v2v.wait_for('target')
+    eventually(lambda: job.state().get('images') == [IMAGE], 'the image is in the state')
+    return job, make_image(wrapper, IMAGE)
+
+
+def test_what_a_failed_job_has_made_is_removed(wrapper):
+    job, path = start_copying(wrapper, error('no more room'))
+    wrapper.virt_v2v.let('on')
+    state = job.wait_finished()
+    assert not os.path.exists(path)
+    assert 'left_behind' not in state
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize('target', ['pid', 'wrapper_pid'])
+def test_what_an_ended_job_has_made_is_removed(wrapper, target, number):
+    job, path = start_copying(wrapper, wait('never'))
+    os.kill(job.state()[target], number)
+    job.wait_finished()
+    assert not os.path.exists(path)
+
+
+def test_what_a_dead_job_has_made_is_removed_by_the_next(wrapper):
+    job, path = start_copying(wrapper, wait('never'))
+    virt_v2v = job.state()['pid']
+    kill_wrapper(job)
+    wait_ended(virt_v2v)
+    wrapper.virt_v2v.play(leave(0))
+    wrapper.start()
+    job.wait_finished()
+    assert not os.path.exists(path)
+
+
+def test_what_a_successful_job_has_made_stays(wrapper):
+    job, path = start_copying(wrapper, leave(0))
+    wrapper.virt_v2v.let('on')
+    job.wait_finished()
+    assert os.path.exists(path)
+
+
+def test_the_image_of_another_job_stays(wrapper):
+    job, path = start_copying(wrapper, error('no more room'))
+    other = make_image(wrapper, OTHER)
+    wrapper.virt_v2v.let('on')
+    job.wait_finished()
+    assert os.path.exists(other) and not os.path.exists(path)
+
+
+@pytest.mark.promise(8)
+def test_an_image_that_the_guest_speaks_of_stays(wrapper):
+    wrapper.virt_v2v.play(phase('Inspecting the source'), image_of(OTHER), reach('guest'),
+                          wait('on'), error('no operating system'))
+    job = wrapper.start()
+    wrapper.virt_v2v.wait_for('guest')
+    path = make_image(wrapper, OTHER)
+    wrapper.virt_v2v.let('on')
+    assert 'images' not in job.wait_finished()
+    assert os.path.exists(path)
+
+
+def test_a_vm_that_is_complete_is_kept(wrapper):
+    job, path = start_copying(wrapper, wait('never'))
+    vm = os.path.join(wrapper.export_domain, DOMAIN, 'master', 'vms', VM)
+    os.mkdir(vm)
+    with open(os.path.join(vm, VM + '.ovf'), 'w') as stream:
+        stream.write('<File ovf:href="%s/%s"/>' % (IMAGE, VM))
+    os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
+    message = job.wait_finished()['last_message']['message']
+    assert os.path.exists(path)
+    assert message.endswith('; but the new VM is complete, and was kept')
+
+
+def test_what_cannot_be_removed_is_named(wrapper):
+    job, path = start_copying(wrapper, error('no more room'))
+    os.mkdir(os.path.join(path, 'directory'))
+    wrapper.virt_v2v.let('on')
+    assert job.wait_finished()['left_behind'] == [path]
+
+
+def test_the_state_tells_the_target(wrapper):
+    job = wrapper.start_waiting()
+    assert job.state()['target'] == {
+        'type': 'export_domain', 'directory': os.path.join(wrapper.export_domain, DOMAIN)}
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
