@@ -720,6 +720,12 @@ _TABLE = tuple(_Row(*row) for row in (
      rb" *<(?:OperatingSystem)?Section ovf:id=['\"]" + _UUID + rb"['\"].*", 'vm_id', _uuid),
 ))
 
+_ROWS = {(messages, stage): [
+    row for row in _TABLE
+    if stage in row.stages and (_LINES if messages else _MESSAGES) not in row.stages
+    or not messages and _LEGACY in row.stages]
+         for messages in (True, False) for stage in _TRUSTED | {_GUEST, _OVER}}
+
 
 class Lines:
     """Joins chunks to whole lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
@@ -791,22 +797,25 @@ class Parser:
             events += [event for event in self._enter(text) if event.name == 'disk']
         return events + self._stopped
 
-    def _parse(self, lines):
-        # Most parts have nothing in them that can matter now, and this is how that is seen fast.
-        if not self._begun and not self._has_literal(lines):
+    def _parse(self, lines, near=None):
+        # Most parts have nothing in them that can matter now, and this is how that is seen fast:
+        # what the whole has not, no part of it has.
+        rows = self._rows
+        near = [row for row in (rows if near is None else near) if row.literal in lines]
+        if not (near or self._begun or self._may_have_phase(lines)):
             return []
         middle = lines.find(b'\n', len(lines) // 2)
         if len(lines) > SMALL_CHUNK and middle > 0:
-            return self._parse(lines[:middle]) + self._parse(lines[middle:])
-        self._near = [row for row in self._rows if row.literal in lines]
+            events = self._parse(lines[:middle], near)
+            return events + self._parse(lines[middle:], near if self._rows is rows else None)
+        self._near = near
         return [event for line in lines.replace(b'\r', b'\n').split(b'\n')
                 for event in self._line(line[:MAX_LINE])]
 
-    def _has_literal(self, lines):
-        if any(literal in lines for literal in self._literals):
-            return True
+    def _may_have_phase(self, lines):
         if self._announced is None:
-            return re.search(b'[\n\r]' + _PHASE_LINE, lines)
+            return (re.search(b'\n' + _PHASE_LINE, lines)          # both at once take twice as long
+                    or re.search(b'\r' + _PHASE_LINE, lines))
         return ((b'\n[' in lines or b'\r[' in lines)
                 and any(text in lines for text in [*self._announced, *self._target]))
 
@@ -848,13 +857,8 @@ class Parser:
         return [event] if self._announced is not None else [Event('phase', clean(text)), event]
 
     def _begin(self, stage):
-        legacy = self._announced is None
-        skipped = _MESSAGES if legacy else _LINES
-        # All rows of the stage, and those whose literal is near.
-        self._rows = self._near = [
-            row for row in _TABLE if stage in row.stages and skipped not in row.stages
-            or legacy and _LEGACY in row.stages]
-        self._literals = {row.literal for row in self._rows}
+        # What is understood now, and of that what may be in these lines.
+        self._rows = self._near = _ROWS[self._announced is not None, stage]
 
     def _wrapped(self, name, text):
         """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
@@ -877,6 +881,8 @@ _CAUSES = (
      r' SIG(?:TERM|INT|HUP|QUIT)\b', 'cancelled', None),
     (r'\A(?:the wrapper was|all processes of the wrapper were) killed', 'wrapper.killed',
      'Look with journalctl -k whether memory ran out, and start again.'),
+    (r'\Avirt-v2v was killed by SIGKILL', 'virt_v2v.killed',
+     'Look with journalctl -k whether memory ran out; run fewer jobs at once.'),
     (r'incorrect user name or password|VIR_ERR_AUTH_FAILED|Permission denied \('
      r'|authentication methods failed', 'source.login',
      'Correct user and password, or key; in a URI, an @ in the user is written %40.'),
@@ -884,7 +890,7 @@ _CAUSES = (
      'Add what ssh-keyscan says of this server to /etc/ssh/ssh_known_hosts.'),
     (r'SSL peer certificate or SSH remote key was not OK', 'source.certificate',
      'Install the CA of the VMware server here, or add ?no_verify=1 to vmware_uri.'),
-    (r'VixDiskLib_Open.*: Unknown error', 'source.thumbprint',
+    (r'VixDiskLib_Open.*: Unknown error|thumbprint does not match', 'source.thumbprint',
      'Compare vmware_fingerprint with the thumbprint of the server; see that the guest is off.'),
     (r'NfcNewAuthdConnectionEx: Failed to connect|IP address lookup for host|ssh: connect to host'
      r'|curl_easy_perform\(\) returned an error', 'source.unreachable',
