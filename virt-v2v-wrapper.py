@@ -306,26 +306,24 @@ class Secret:
 
 
 _HOST = r"(?: [A-Za-z0-9][A-Za-z0-9._-]* | \[[0-9A-Fa-f:.]+\] ) (?: : [0-9]{1,5} )?"
-_URI = re.compile(r"""
+_URI = r"""(?ax)
     (?:esx|vpx) ://
     (?: (?!%3[aA]) [\w.~!$&'()*+,;=%-] )+ @             # a user, no colon: so no password
     """ + _HOST + r"""
     (?: / [\w.~!$&'()*+,;=:@%/-]* )?
     (?: \? [\w.~!$&'()*+,;=:@%/?\[\]-]* )?
-    """, re.VERBOSE | re.ASCII)
+    """
 # Some versions give the user to scp(1), which must not take it for an option.
-_VMX_URI = re.compile(r"ssh:// \w[\w.-]* @" + _HOST + r" /[\w.~!$&'()*+,;=:@%/-]* \.vmx",
-                      re.VERBOSE | re.ASCII)
-_ENGINE_URL = re.compile(r'https:// (?: [\w.@-]+ @ )? ' + _HOST + r' (?: /[\w.-]+ )+',
-                         re.VERBOSE | re.ASCII)
-_FINGERPRINT = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){19}(?:(?::[0-9A-Fa-f]{2}){12})?')
-_EXPORT_DOMAIN = re.compile(r'/\S*|'
-                            r'(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
+_VMX_URI = r"(?ax) ssh:// \w[\w.-]* @" + _HOST + r" /[\w.~!$&'()*+,;=:@%/-]* \.vmx"
+_ENGINE_URL = r'(?ax) https:// (?: [\w.@-]+ @ )? ' + _HOST + r' (?: /[\w.-]+ )+'
+_FINGERPRINT = '[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){19}(?:(?::[0-9A-Fa-f]{2}){12})?'
+_EXPORT_DOMAIN = (r'/\S*|(?:[A-Za-z0-9][A-Za-z0-9._-]*'
+                  r'|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
 _DEVICE = '/dev/[A-Za-z0-9_/.+-]+'
-_MAC = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}')
+_MAC = '[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}'
 
-# A function that turns a value into a field raises ValueError if the value is wrong, and TypeError
-# if its type is.
+# Patterns are compiled when a request needs them. A function that turns a value into a field raises
+# ValueError if the value is wrong, and TypeError if its type is.
 
 
 def _text(value, pattern='.*'):
