@@ -306,24 +306,24 @@ class Secret:
 
 
 _HOST = r"(?: [A-Za-z0-9][A-Za-z0-9._-]* | \[[0-9A-Fa-f:.]+\] ) (?: : [0-9]{1,5} )?"
-_URI = re.compile(r"""
+_URI = r"""(?ax)
     (?:esx|vpx) ://
     (?: (?!%3[aA]) [\w.~!$&'()*+,;=%-] )+ @             # a user, no colon: so no password
     """ + _HOST + r"""
     (?: / [\w.~!$&'()*+,;=:@%/-]* )?
     (?: \? [\w.~!$&'()*+,;=:@%/?\[\]-]* )?
-    """, re.VERBOSE | re.ASCII)
-_VMX_URI = re.compile(r'ssh:// [\w.-]+ @' + _HOST + r' /[^?\#]+ \.vmx', re.VERBOSE)
-_ENGINE_URL = re.compile(r'https:// (?: [\w.@-]+ @ )? ' + _HOST + r' (?: /[\w.-]+ )+',
-                         re.VERBOSE | re.ASCII)
-_FINGERPRINT = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){19}(?:(?::[0-9A-Fa-f]{2}){12})?')
-_EXPORT_DOMAIN = re.compile(r'/\S*|'
-                            r'(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
-_DEVICE = r'/dev/[\w/.+-]+'
-_MAC = re.compile('[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}')
+    """
+# Some versions give the user to scp(1), which must not take it for an option.
+_VMX_URI = r"(?ax) ssh:// \w[\w.-]* @" + _HOST + r" /[\w.~!$&'()*+,;=:@%/-]* \.vmx"
+_ENGINE_URL = r'(?ax) https:// (?: [\w.@-]+ @ )? ' + _HOST + r' (?: /[\w.-]+ )+'
+_FINGERPRINT = '[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){19}(?:(?::[0-9A-Fa-f]{2}){12})?'
+_EXPORT_DOMAIN = (r'/\S*|(?:[A-Za-z0-9][A-Za-z0-9._-]*'
+                  r'|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):/\S*')
+_DEVICE = '/dev/[A-Za-z0-9_/.+-]+'
+_MAC = '[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}'
 
-# A function that turns a value into a field raises ValueError if the value is wrong, and TypeError
-# if its type is.
+# Patterns are compiled when a request needs them. A function that turns a value into a field raises
+# ValueError if the value is wrong, and TypeError if its type is.
 
 
 def _text(value, pattern='.*'):
@@ -380,24 +380,32 @@ def _engine_password(value):
 
 
 def _private_key(value):
-    if not re.fullmatch('(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----\n.*-----\\s*', value):
+    value = value.replace('\r\n', '\n').rstrip() + '\n'
+    if not re.fullmatch('-----BEGIN [A-Z ]*PRIVATE KEY-----\n[\n -~]*-----\n', value):
         raise ValueError
-    return Secret(value.rstrip() + '\n')
+    return Secret(value)
 
 
 def _mapping(value):
     """Where a network goes: (source, destination, MAC address or None)."""
     mac = value.get('mac_address')
-    return (_text(value['source'], '[^:]*'), _text(value['destination']),
-            mac and _text(mac, _MAC).lower())
+    return (_text(value['source'], '.*' if mac else '[^:]*'), _text(value['destination']),
+            None if mac is None else _text(mac, _MAC).lower())
+
+
+def _mappings(value):
+    mappings = tuple(OrderedDict.fromkeys(_list(_mapping)(value)))
+    if len({mac or source for source, _, mac in mappings}) < len(mappings):
+        raise ValueError                # virt-v2v takes one destination for each
+    return mappings
 
 
 def _key(value):
     """What opens an encrypted device: (device, Secret or None for clevis)."""
-    if ('key' in value) == (value.get('clevis') is True):
+    key = value.get('key')
+    if (key is None) != (value.get('clevis') is True):
         raise ValueError
-    return (_text(value['device'], 'all|' + _DEVICE),
-            _secret(value['key']) if 'key' in value else None)
+    return _text(value['device'], 'all|' + _DEVICE), key and _secret(key)
 
 
 _MANDATORY = object()
@@ -445,8 +453,9 @@ _COMMON = _rules(
      ' or '.join('"{}"'.format(name) for name in _TRANSPORTS)),
     ('output_format', 'raw', _one_of('raw', 'qcow2'), '"raw" or "qcow2"'),
     ('source_disks', (), _disks, 'a list of different non-empty strings'),
-    ('network_mappings', (), _list(_mapping),
-     'a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional}'),
+    ('network_mappings', (), _mappings,
+     'a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional},'
+     ' each source or address once'),
     ('allocation', None, _one_of('sparse', 'preallocated'), '"sparse" or "preallocated"'),
     ('install_drivers', False, _bool, 'true or false'),
     ('virtio_win', None, _like('/.*'), 'the absolute path of an ISO image or a directory'),
@@ -518,11 +527,13 @@ def _document(data):
 
 def _rules_for(document):
     """Return the name of the target, and the rules for this request. Raises RequestError."""
-    targets = [name for name, rules in _TARGETS.items() if document.get(rules[0].key) is not None]
+    found = {key for key, value in document.items() if value is not None}
+    targets = [name for name, rules in _TARGETS.items() if rules[0].key in found]
     if len(targets) > 1:
         raise RequestError(('request', 'expected either export_domain or rhv_url, found both'))
-    # Where one is missing or wrong, the first tells what else may be.
-    target = (targets + list(_TARGETS))[0]
+    # Without one, what else there is tells what was meant, and then what is missing.
+    meant = [name for name, rules in _TARGETS.items() if found & {rule.key for rule in rules}]
+    target = (targets + meant + list(_TARGETS))[0]
     transports = [rules for name, rules in _TRANSPORTS.items()
                   if name == document.get('transport_method')] + list(_TRANSPORTS.values())
     return target, transports[0] + _COMMON + _TARGETS[target]
@@ -707,6 +718,12 @@ _TABLE = tuple(_Row(*row) for row in (
      rb" *<(?:OperatingSystem)?Section ovf:id=['\"]" + _UUID + rb"['\"].*", 'vm_id', _uuid),
 ))
 
+_ROWS = {(messages, stage): [
+    row for row in _TABLE
+    if stage in row.stages and (_LINES if messages else _MESSAGES) not in row.stages
+    or not messages and _LEGACY in row.stages]
+         for messages in (True, False) for stage in _TRUSTED | {_GUEST, _OVER}}
+
 
 class Lines:
     """Joins chunks to whole lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
@@ -778,22 +795,25 @@ class Parser:
             events += [event for event in self._enter(text) if event.name == 'disk']
         return events + self._stopped
 
-    def _parse(self, lines):
-        # Most parts have nothing in them that can matter now, and this is how that is seen fast.
-        if not self._begun and not self._has_literal(lines):
+    def _parse(self, lines, near=None):
+        # Most parts have nothing in them that can matter now, and this is how that is seen fast:
+        # what the whole has not, no part of it has.
+        rows = self._rows
+        near = [row for row in (rows if near is None else near) if row.literal in lines]
+        if not (near or self._begun or self._may_have_phase(lines)):
             return []
         middle = lines.find(b'\n', len(lines) // 2)
         if len(lines) > SMALL_CHUNK and middle > 0:
-            return self._parse(lines[:middle]) + self._parse(lines[middle:])
-        self._near = [row for row in self._rows if row.literal in lines]
+            events = self._parse(lines[:middle], near)
+            return events + self._parse(lines[middle:], near if self._rows is rows else None)
+        self._near = near
         return [event for line in lines.replace(b'\r', b'\n').split(b'\n')
                 for event in self._line(line[:MAX_LINE])]
 
-    def _has_literal(self, lines):
-        if any(literal in lines for literal in self._literals):
-            return True
+    def _may_have_phase(self, lines):
         if self._announced is None:
-            return re.search(b'[\n\r]' + _PHASE_LINE, lines)
+            return (re.search(b'\n' + _PHASE_LINE, lines)          # both at once take twice as long
+                    or re.search(b'\r' + _PHASE_LINE, lines))
         return ((b'\n[' in lines or b'\r[' in lines)
                 and any(text in lines for text in [*self._announced, *self._target]))
 
@@ -835,13 +855,8 @@ class Parser:
         return [event] if self._announced is not None else [Event('phase', clean(text)), event]
 
     def _begin(self, stage):
-        legacy = self._announced is None
-        skipped = _MESSAGES if legacy else _LINES
-        # All rows of the stage, and those whose literal is near.
-        self._rows = self._near = [
-            row for row in _TABLE if stage in row.stages and skipped not in row.stages
-            or legacy and _LEGACY in row.stages]
-        self._literals = {row.literal for row in self._rows}
+        # What is understood now, and of that what may be in these lines.
+        self._rows = self._near = _ROWS[self._announced is not None, stage]
 
     def _wrapped(self, name, text):
         """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
@@ -864,6 +879,8 @@ _CAUSES = (
      r' SIG(?:TERM|INT|HUP|QUIT)\b', 'cancelled', None),
     (r'\A(?:the wrapper was|all processes of the wrapper were) killed', 'wrapper.killed',
      'Look with journalctl -k whether memory ran out, and start again.'),
+    (r'\Avirt-v2v was killed by SIGKILL', 'virt_v2v.killed',
+     'Look with journalctl -k whether memory ran out; run fewer jobs at once.'),
     (r'incorrect user name or password|VIR_ERR_AUTH_FAILED|Permission denied \('
      r'|authentication methods failed', 'source.login',
      'Correct user and password, or key; in a URI, an @ in the user is written %40.'),
@@ -871,7 +888,7 @@ _CAUSES = (
      'Add what ssh-keyscan says of this server to /etc/ssh/ssh_known_hosts.'),
     (r'SSL peer certificate or SSH remote key was not OK', 'source.certificate',
      'Install the CA of the VMware server here, or add ?no_verify=1 to vmware_uri.'),
-    (r'VixDiskLib_Open.*: Unknown error', 'source.thumbprint',
+    (r'VixDiskLib_Open.*: Unknown error|thumbprint does not match', 'source.thumbprint',
      'Compare vmware_fingerprint with the thumbprint of the server; see that the guest is off.'),
     (r'NfcNewAuthdConnectionEx: Failed to connect|IP address lookup for host|ssh: connect to host'
      r'|curl_easy_perform\(\) returned an error', 'source.unreachable',
@@ -1157,25 +1174,25 @@ def _ssh_arguments(*_):
     return ['-i', 'vmx', '-it', 'ssh']
 
 
-def _output_of(capability, *names):
+def _output_of(capability, purpose, *names):
     """Return the first of the names of an output that this virt-v2v knows. Raises HostError."""
     for name in names:
         if 'output:' + name in capability.features:
             return name
-    raise HostError(('virt-v2v', 'this version cannot write to oVirt (RHEL 10 has no -o {})'.format(
-        names[-1])))
+    raise HostError(('virt-v2v', 'this version cannot {} (RHEL 10 has no -o {})'.format(
+        purpose, names[-1])))
 
 
 def _export_arguments(capability, _, directory):
     # From 2.7.15 on it is called ovirt, but rhv works as well (select_output.ml).
-    _output_of(capability, 'ovirt', 'rhv')
+    _output_of(capability, 'write to an oVirt export domain', 'ovirt', 'rhv')
     return ['-o', 'rhv', '-os', directory]
 
 
 def _upload_arguments(capability, request, _):
-    return ['-o', _output_of(capability, 'ovirt-upload', 'rhv-upload'), '-oc', request.rhv_url,
-            '-op', request.rhv_password.path, '-os', request.rhv_storage,
-            '-oo', 'rhv-cluster=' + request.rhv_cluster,
+    output = _output_of(capability, 'upload to oVirt', 'ovirt-upload', 'rhv-upload')
+    return ['-o', output, '-oc', request.rhv_url, '-op', request.rhv_password.path,
+            '-os', request.rhv_storage, '-oo', 'rhv-cluster=' + request.rhv_cluster,
             '-oo', 'rhv-direct=true',       # the one spelling that all versions take
             # By default, virt-v2v does not look who answers.
             '-oo', 'rhv-verifypeer={}'.format(json.dumps(not request.insecure_connection))] + (
@@ -1217,7 +1234,7 @@ def make_environment(inherited, request, identity, drivers, scratch, cache):
     """Return virt-v2v's environment: the useful part of `inherited` (bytes to bytes), and ours.
 
     `drivers` is where those for Windows guests are, or None; `scratch` the directory for temporary
-    files, `cache` the one for libguestfs' appliance (both bytes). libguestfs puts its sockets below
+    files, `cache` the one for libguestfs' appliance (all bytes). libguestfs puts its sockets below
     XDG_RUNTIME_DIR, or /tmp, where a killed run would leave them; and after a change of user the
     caller's XDG_RUNTIME_DIR is somebody else's.
     """
@@ -1231,7 +1248,7 @@ def make_environment(inherited, request, identity, drivers, scratch, cache):
         b'HOME': os.fsencode(identity.home),
         b'USER': os.fsencode(identity.name), b'LOGNAME': os.fsencode(identity.name)})
     if drivers:
-        environment[b'VIRTIO_WIN'] = os.fsencode(drivers)
+        environment[b'VIRTIO_WIN'] = drivers
     if request.ssh_key:
         environment[AGENT] = scratch + b'/agent'        # see start_agent()
     elif request.transport_method == 'ssh' and AGENT in inherited:
@@ -1509,7 +1526,8 @@ def end_descendants(keep=None):
 # The directories that the caller chose, None if not given.
 Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
 # What check_host has found: `target` is an ExportDomain or Upload, `libdir` that of the VDDK or
-# None, `virt_v2v` a path (bytes), the directories are (path, descriptor), `drivers` a path or None.
+# None, `virt_v2v` a path (bytes), the directories are (path, descriptor), `drivers` a path (bytes)
+# or None.
 Host = namedtuple('Host', 'target libdir virt_v2v log_dir state_dir drivers')
 
 
@@ -1863,10 +1881,11 @@ class Upload:
         center, center_id = sorted(centers.items())[0]
         clusters = engine.names('datacenters/{}/clusters'.format(center_id))
         if request.rhv_cluster not in clusters:
-            raise HostError(('rhv_cluster', 'not in data center {}, where the storage is; there'
-                                            ' are: {}'.format(center, ', '.join(clusters))))
-        name = request.new_vm_name or request.vm_name
-        if name in engine.names('vms', search='name="{}"'.format(name.replace('"', ''))):
+            raise HostError(('rhv_cluster', 'not in data center {}, where the storage is;'
+                             ' found: {}'.format(center, ', '.join(sorted(clusters)))))
+        # A guest that is read by ssh tells its name only later.
+        name = request.new_vm_name or request.transport_method != 'ssh' and request.vm_name
+        if name and name in engine.names('vms', search='name="{}"'.format(name.replace('"', ''))):
             raise HostError(('new_vm_name', 'the engine has a VM {} already'.format(name)))
 
     def document(self):
@@ -1901,15 +1920,8 @@ class Upload:
         return left, False
 
 
-# What is named where the guest's side is wrong.
-SUBJECTS = {
-    'vddk': lambda options: '--vddk-libdir ' + as_text(options.vddk_libdir or VDDK_LIBDIR),
-    'ssh': lambda _: 'vm_name'}
-
-
-def check_vddk(_, options, __):
+def check_vddk(subject, _, libdir, __):
     """Return the directory of the VDDK. Raises HostError."""
-    libdir, subject = options.vddk_libdir or VDDK_LIBDIR, SUBJECTS['vddk'](options)
     with blaming(subject + '/lib64'):
         names = os.listdir(os.path.join(libdir, 'lib64'))
     if not any(name.startswith('libvixDiskLib.so') for name in names):
@@ -1917,7 +1929,7 @@ def check_vddk(_, options, __):
     return libdir
 
 
-def check_ssh(request, _, identity):
+def check_ssh(subject, request, _, identity):
     """Have the keys of the guest's host be known: ssh cannot ask whether to trust it."""
     host, port = re.match(r'[^@]*@\[?([^]:/]+|[^]]+)\]?(?::([0-9]+))?/', request.vm_name).groups()
     name = host if port in (None, '22') else '[{}]:{}'.format(host, port)
@@ -1927,9 +1939,18 @@ def check_ssh(request, _, identity):
             PROBE_PATIENCE, stderr=subprocess.DEVNULL)
         if status == 0:
             return
-    raise HostError(('vm_name', 'the host key of {} is not known; have root check and add it:'
-                                ' ssh-keyscan -p {} {} >> /etc/ssh/ssh_known_hosts'.format(
-                                    name, port or 22, host)))
+    raise HostError((subject, 'the host key of {} is not known; have root check and add it:'
+                              ' ssh-keyscan -p {} {} >> /etc/ssh/ssh_known_hosts'.format(
+                                  name, port or 22, host)))
+
+
+def find_virt_v2v():
+    """Return the path (bytes) of the first virt-v2v on PATH. Raises HostError."""
+    for place in os.environb.get(b'PATH', os.fsencode(ADMIN_PATH)).split(b':'):
+        path = os.path.join(place, b'virt-v2v')
+        if os.path.isabs(path) and os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise HostError(('virt-v2v', 'not found on PATH'))
 
 
 # Drivers for Windows guests, the best first: those of an ISO domain of oVirt, and the package's.
@@ -1940,24 +1961,23 @@ _DRIVERS = tuple(_ISO_DOMAIN + name for name in (
 
 
 def find_drivers(request):
-    """Return the path of the drivers for Windows guests, None if none are wanted or found.
+    """Return the path (bytes) of the drivers for Windows guests, None if none are found.
 
     Raises HostError if those that the request names are not there.
     """
     if request.virtio_win:
+        path = request.virtio_win.encode('utf-8')
         with blaming('virtio_win'):
-            os.close(os.open(request.virtio_win.encode('utf-8'), os.O_RDONLY))
-        return request.virtio_win
-    if not request.install_drivers:
-        return None
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        return path
     from glob import glob
-    return next((max(found) for found in map(glob, _DRIVERS) if found), None)
+    return next((os.fsencode(max(found)) for found in map(glob, _DRIVERS) if found), None)
 
 
-# What looks at the guest's side, and at the other; all they find goes into Host.
-SOURCES = {'vddk': check_vddk, 'ssh': check_ssh}
-TARGETS = {'export_domain': lambda _, directory: ExportDomain(directory),
-           'rhv_upload': lambda request, _: Upload(request)}
+# What is looked at on the guest's side and on the other, and how; what they find goes into Host.
+SOURCES = {'vddk': ('--vddk-libdir {}', check_vddk), 'ssh': ('vm_name', check_ssh)}
+TARGETS = {'export_domain': ('export_domain', lambda _, directory: ExportDomain(directory)),
+           'rhv_upload': ('rhv_url', lambda request, _: Upload(request))}
 
 
 # --- Files: exclusive creation, durable replacement, the lock, temporary files
@@ -2531,20 +2551,19 @@ def check_host(request, options, identity, directory, problems, answer):
             problems.extend(error.problems)
 
     if not problems:
-        with looking_at(_TARGETS[request.target][0].key):
-            found.append(TARGETS[request.target](request, directory))
-    with looking_at(SUBJECTS[request.transport_method](options)):
-        found.append(SOURCES[request.transport_method](request, options, identity))
-    with looking_at('virtio_win'):
-        drivers = find_drivers(request)
+        subject, check = TARGETS[request.target]
+        with looking_at(subject):
+            found.append(check(request, directory))
+    libdir, drivers = options.vddk_libdir or VDDK_LIBDIR, None
+    subject, check = SOURCES[request.transport_method]
+    subject = subject.format(as_text(libdir))
+    with looking_at(subject):
+        found.append(check(subject, request, libdir, identity))
+    if request.virtio_win or request.install_drivers:
+        with looking_at('virtio_win'):
+            drivers = find_drivers(request)
     with looking_at('virt-v2v'):
-        candidates = [os.path.join(place, b'virt-v2v') for place in os.environb.get(
-            b'PATH', os.fsencode(ADMIN_PATH)).split(b':')]
-        programs = [path for path in candidates if os.path.isabs(path) and os.path.isfile(path)
-                    and os.access(path, os.X_OK)]
-        found += programs[:1]
-        if not programs:
-            raise HostError(('virt-v2v', 'not found on PATH'))
+        found.append(find_virt_v2v())
     for path in job_directories(identity, options):
         with looking_at(as_text(path)):
             found.append((path, open_private_directory(path)))

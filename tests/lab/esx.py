@@ -53,7 +53,7 @@ MANAGERS = [
 ]
 
 
-class Guest(namedtuple("Guest", "name id uuid disk_count networks", defaults=[["VM Network"]])):
+class Guest(namedtuple("Guest", "name id uuid disk_count networks")):
     """A virtual machine; its disks are GUEST.vmdk, GUEST_1.vmdk, ... on the datastore. It has one
     NIC in each network."""
 

@@ -78,8 +78,8 @@ CLONE_NEWNS = 0x20000
 # The last has two systems, one of them encrypted, and two networks.
 LUKS_KEY = "needle-of-the-guest"
 GUESTS = [
-    Guest("lab1", "1", "564d1111-0000-4000-8000-000000000001", 1),
-    Guest("lab3", "3", "564d1111-0000-4000-8000-000000000003", 3),
+    Guest("lab1", "1", "564d1111-0000-4000-8000-000000000001", 1, ["VM Network"]),
+    Guest("lab3", "3", "564d1111-0000-4000-8000-000000000003", 3, ["VM Network"]),
     Guest("twin", "2", "564d1111-0000-4000-8000-000000000002", 1, ["VM Network", "Storage"]),
 ]
 

@@ -11,7 +11,7 @@ SAID = [
     ('the wrapper was told to stop by SIGTERM', 'cancelled'),
     ('virt-v2v was told to stop by SIGINT', 'cancelled'),
     ('virt-v2v was killed by SIGTERM', 'cancelled'),
-    ('virt-v2v was killed by SIGKILL', 'unknown'),
+    ('virt-v2v was killed by SIGKILL', 'virt_v2v.killed'),
     ('virt-v2v was killed by SIGSEGV', 'unknown'),
     ('the wrapper was killed by SIGKILL', 'wrapper.killed'),
     ('all processes of the wrapper were killed, or the host was restarted; the state was last'

@@ -26,8 +26,9 @@ MODERN = knows(True, '-io', '-ip')
 FOCAL = knows(False, '-io', '-ip', '--vddk-libdir', '--password-file')
 RHEL_8_0 = knows(False, '-io', '--vddk-libdir', '--password-file')
 RHEL_7_5 = knows(False, '--vddk-libdir', '--password-file')
-NO_OVIRT = 'virt-v2v: this version cannot write to oVirt (RHEL 10 has no -o rhv)'
-NO_UPLOAD = 'virt-v2v: this version cannot write to oVirt (RHEL 10 has no -o rhv-upload)'
+NO_OVIRT = ('virt-v2v: this version cannot write to an oVirt export domain'
+            ' (RHEL 10 has no -o rhv)')
+NO_UPLOAD = 'virt-v2v: this version cannot upload to oVirt (RHEL 10 has no -o rhv-upload)'
 NO_VDDK = 'virt-v2v: this version cannot read disks with VDDK'
 NO_MAC = 'network_mappings: this version of virt-v2v cannot map a network by mac_address'
 
@@ -286,12 +287,12 @@ def test_what_the_wrapper_decides_is_not_overridden(name):
 def test_the_callers_environment_is_left_alone():
     inherited = {b'PATH': b'/bin', b'HOME': b'/root'}
     request = parse_request(json.dumps(valid_request()).encode('utf-8'))
-    make_environment(inherited, request, IDENTITY, '/drivers', b'/scratch', b'/cache')
+    make_environment(inherited, request, IDENTITY, b'/drivers', b'/scratch', b'/cache')
     assert inherited == {b'PATH': b'/bin', b'HOME': b'/root'}
 
 
 def test_drivers_that_were_found_replace_the_caller_s():
-    assert environment(drivers='/iso', VIRTIO_WIN='theirs')[b'VIRTIO_WIN'] == b'/iso'
+    assert environment(drivers=b'/iso', VIRTIO_WIN='theirs')[b'VIRTIO_WIN'] == b'/iso'
 
 
 @pytest.mark.parametrize('more, expected', [

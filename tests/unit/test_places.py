@@ -313,7 +313,7 @@ def test_the_launcher_is_told_what_is_looked_at(host):
     options = Options('/l', '/s', str(host / 'vddk'))
     check_host(REQUEST, options, USER, str(host / 'export'), (), answer)
     assert answer.told == [
-        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virtio_win', 'virt-v2v',
+        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v',
         '/l', '/s']
 
 

@@ -307,7 +307,8 @@ SSH = {'transport_method': 'ssh', 'vm_name': 'ssh://root@esx/vmfs/volumes/ds/vm/
 UPLOAD = {'export_domain': ABSENT, 'rhv_url': 'https://engine/ovirt-engine/api',
           'rhv_password': 'p', 'rhv_cluster': 'c', 'rhv_storage': 's'}
 KEY = '-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----'
-NETWORKS = 'a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional}'
+NETWORKS = ('a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional},'
+            ' each source or address once')
 LUKS = 'a list of {"device": "all" or "/dev/...", "key": PASSPHRASE, or "clevis": true}'
 PATH = 'the absolute path of an ISO image or a directory'
 NETWORK = {'source': 'a', 'destination': 'b'}
@@ -324,6 +325,8 @@ BOOL = 'true or false'
     ({}, 'network_mappings', [dict(NETWORK, destination='a\nb')], NETWORKS),
     ({}, 'network_mappings', [dict(NETWORK, mac_address='00:50:56:ab:cd')], NETWORKS),
     ({}, 'network_mappings', [dict(NETWORK, mac_address=7)], NETWORKS),
+    ({}, 'network_mappings', [dict(NETWORK, mac_address='')], NETWORKS),
+    ({}, 'network_mappings', [NETWORK, dict(NETWORK, destination='c')], NETWORKS),
     ({}, 'allocation', 'thin', '"sparse" or "preallocated"'),
     ({}, 'install_drivers', 'yes', BOOL),
     ({}, 'install_drivers', 1, BOOL),
@@ -345,6 +348,8 @@ BOOL = 'true or false'
     (SSH, 'vm_name', 'ssh://esx/a.vmx',
      'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
     (SSH, 'vm_name', 'ssh://root@-oProxyCommand=x/a.vmx',
+     'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
+    (SSH, 'vm_name', 'ssh://-oProxyCommand@esx/a.vmx',
      'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
     (SSH, 'ssh_key', '/root/.ssh/id_rsa', 'the text of a private key that needs no passphrase'),
     (SSH, 'ssh_key', '', 'the text of a private key that needs no passphrase'),
@@ -371,6 +376,15 @@ def test_a_wrong_value_of_a_rare_key_is_refused(base, key, value, expected):
 def test_an_upload_needs_all_its_keys(key):
     text, = problems(dict(UPLOAD, **{key: ABSENT}))
     assert text.startswith(key + ': missing, expected ')
+
+
+def test_networks_given_twice_alike_are_one():
+    assert len(parsed(network_mappings=[NETWORK, NETWORK]).network_mappings) == 1
+
+
+def test_without_its_url_an_upload_misses_that():
+    assert [text.partition(':')[0] for text in problems(dict(UPLOAD, rhv_url=ABSENT))] == [
+        'rhv_url']
 
 
 def test_two_targets_are_refused():
