@@ -40,7 +40,8 @@ def assert_succeeded(state, domain, guest):
     assert "failed" not in state
     assert state["return_code"] == 0
     assert state["disk_count"] == guest.disk_count
-    assert state["disks"] == [{"path": path, "progress": 100} for path in guest.disk_paths()]
+    assert state["disks"] == [{"path": path, "progress": 100, "bytes": GIB}
+                              for path in guest.disk_paths()]
     assert domain.vms() == [(guest.name, state["vm_id"], guest.disk_count)]
 
 
