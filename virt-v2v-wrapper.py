@@ -610,7 +610,7 @@ def read_request(fd):
 #   error    text     virt-v2v's own error              virt-v2v: error: ...
 #   cause    text     a program below it complains      nbdkit: file.3: error: ...
 #   warning  text     virt-v2v's own warning            virt-v2v: warning: ...
-#   stopped  name     this signal ends virt-v2v         virt-v2v: Exiting on signal SIGTERM
+#   farewell text     why it ends, if nothing follows   virt-v2v: Exiting on signal SIGTERM
 Event = namedtuple('Event', 'name value')
 
 # The stages of a conversion. A stage begins with the phase whose text begins so, and every other
@@ -685,7 +685,11 @@ _TABLE = tuple(_Row(*row) for row in (
      rb"transfer\.id = '" + _UUID + b"'", 'upload_transfer', _uuid),
     # virt-v2v: Exiting on signal SIGTERM, in the line of a bar and after its CR
     (_TRUSTED | {_GUEST, _MESSAGES}, b'virt-v2v: Exiting on signal SIG',
-     rb'virt-v2v: Exiting on signal (SIG[A-Z]{3,4})', 'stopped', clean),
+     rb'virt-v2v: Exiting on signal (SIG[A-Z]{3,4})', 'farewell',
+     lambda name: 'virt-v2v was told to stop by ' + clean(name)),
+    # virt-v2v: could not find key to open LUKS encrypted /dev/sda2.
+    ({_OPENING}, b'virt-v2v: could not', rb'virt-v2v: (could not find key to open LUKS .*)',
+     'farewell', clean),
     # virt-v2v: warning: don't know how to install guest tools on debian-12
     (_TRUSTED | {_LINES}, b'virt-v2v: warning: ', rb'virt-v2v: warning: (.*)', 'warning', bytes),
     # virt-v2v: error: nbdcopy command failed, see earlier error messages
@@ -763,7 +767,7 @@ class Parser:
         self._lines = Lines(MAX_LINE)
         self._target = []       # text of the phase in which the target is prepared
         self._begun = None      # event and text of an error or warning that goes on
-        self._stopped = []      # an event that counts if no phase follows
+        self._farewell = []     # an event that counts if no phase follows
 
     def messages(self, chunk):
         """Return the events in what was read last from the pipe of messages."""
@@ -793,7 +797,7 @@ class Parser:
             events.append(Event(self._begun[0], clean(self._begun[1])))
         for text in list(self._announced or ()):
             events += [event for event in self._enter(text) if event.name == 'disk']
-        return events + self._stopped
+        return events + self._farewell
 
     def _parse(self, lines, near=None):
         # Most parts have nothing in them that can matter now, and this is how that is seen fast:
@@ -829,8 +833,8 @@ class Parser:
             if match and row.event in ('error', 'warning'):
                 return self._wrapped(row.event, match.group(1))
             event = match and Event(row.event, row.make(match.group(1)))
-            if event and event.name == 'stopped':
-                self._stopped = [event]
+            if event and event.name == 'farewell':
+                self._farewell = [event]
             elif event:
                 return [event]
         return []
@@ -846,7 +850,7 @@ class Parser:
                 return []
             self._announced.remove(text)
         self._copies += bool(number)
-        self._stopped = []
+        self._farewell = []
         stage = next((stage for start, stage in _STAGES
                       if text.startswith(start.encode('ascii'))), _GUEST)
         self._begin(stage)
@@ -1029,9 +1033,9 @@ class Progress:
         if text not in self._warnings and len(self._warnings) < MAX_WARNINGS:
             self._warnings.append(text)
 
-    def stopped(self, name):
-        """virt-v2v says that this signal ends it. Then it says nothing of an error any more."""
-        self._error = self._error or 'virt-v2v was told to stop by ' + name
+    def farewell(self, text):
+        """virt-v2v has ended with these words, which it does not call an error."""
+        self._error = self._error or text
 
     def forged(self, _):
         """What has been found so far, a guest may have said."""
@@ -2307,7 +2311,7 @@ def _end_if_dead(state_file):
 # --- Monitor: executes virt-v2v, follows it, publishes its end
 
 # Events that a reader of the state file should see at once, and after a power loss.
-_TRANSITIONS = {'phase', 'disk', 'opened', 'vm_id', 'error', 'stopped', 'image', 'upload_disk',
+_TRANSITIONS = {'phase', 'disk', 'opened', 'vm_id', 'error', 'farewell', 'image', 'upload_disk',
                 'upload_transfer', 'forged'}
 
 

@@ -41,6 +41,7 @@ SAID = [
     ('nbdkit did not start up.  See previous debugging messages for problems. (nbdkit: error:'
      ' /vddk/lib64/libvixDiskLib.so.8: cannot open shared object file: No such file)',
      'vddk.library'),
+    ('could not find key to open LUKS encrypted /dev/sda2.', 'guest.encrypted'),
     ('no such thing was ever seen', 'unknown'),
 ]
 

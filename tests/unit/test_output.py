@@ -771,7 +771,14 @@ def test_without_messages_nothing_is_taken_for_made(events):
 @pytest.mark.parametrize('phase', [OPENING, GUEST, COPYING])
 def test_virt_v2v_says_which_signal_ends_it(phase):
     bar = BAR.format(12, '*****') + '\r'
-    assert ('stopped', 'SIGTERM') in in_modern(phase, bar + 'virt-v2v: Exiting on signal SIGTERM')
+    events = in_modern(phase, bar + 'virt-v2v: Exiting on signal SIGTERM')
+    assert events[-1] == ('farewell', 'virt-v2v was told to stop by SIGTERM')
+
+
+def test_a_missing_key_is_told_though_virt_v2v_calls_it_no_error():
+    text = 'could not find key to open LUKS encrypted /dev/sda2.'
+    assert in_modern('Opening the source', 'virt-v2v: ' + text) == [('farewell', text)]
+    assert in_modern(GUEST, 'virt-v2v: ' + text) == []
 
 
 def test_a_phase_that_follows_shows_that_no_signal_ended_it():

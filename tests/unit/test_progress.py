@@ -418,7 +418,7 @@ VALUES = {
     'image': st.just('i'),
     'upload_disk': st.just('d'),
     'upload_transfer': st.just('t'),
-    'stopped': st.just('SIGTERM'),
+    'farewell': st.just('f'),
     'forged': st.none(),
 }
 EVENTS = st.lists(st.one_of([st.builds(Event, st.just(name), VALUES[name])
