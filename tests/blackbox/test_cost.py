@@ -16,7 +16,7 @@ from virt_v2v import copying, fill, old_bar, phase, reach, repeat, stderr, stdou
 
 # Of the memory of a Python that does nothing. What the monitor keeps of the output is at most a few
 # chunks and lines of 64 KiB.
-MEMORY_BOUND = 2.4
+MEMORY_BOUND = 3
 MEGABYTE = 1000 * 1000
 
 
