@@ -687,8 +687,8 @@ _TABLE = tuple(_Row(*row) for row in (
     (_TRUSTED | {_GUEST, _MESSAGES}, b'virt-v2v: Exiting on signal SIG',
      rb'virt-v2v: Exiting on signal (SIG[A-Z]{3,4})', 'farewell',
      lambda name: 'virt-v2v was told to stop by ' + clean(name)),
-    # virt-v2v: could not find key to open LUKS encrypted /dev/sda2.
-    ({_OPENING}, b'virt-v2v: could not', rb'virt-v2v: (could not find key to open LUKS .*)',
+    # /usr/bin/virt-v2v: could not find key to open LUKS encrypted /dev/sda2.
+    ({_OPENING}, b'find key to open', rb'(?:/.*/)?virt-v2v: (could not find key to open LUKS .*)',
      'farewell', clean),
     # virt-v2v: warning: don't know how to install guest tools on debian-12
     (_TRUSTED | {_LINES}, b'virt-v2v: warning: ', rb'virt-v2v: warning: (.*)', 'warning', bytes),
