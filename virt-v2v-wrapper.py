@@ -556,7 +556,7 @@ def parse_request(data):
         from difflib import get_close_matches
         # Only those that are misspelt: others may be anything, a misplaced password too.
         misspelt = [key for key in sorted(set(document) - set(_RULES))
-                    if get_close_matches(key, _RULES) and not _UNPRINTABLE.search(key)]
+                    if get_close_matches(key, _RULES) and key.isprintable()]
         raise RequestError(*problems + [('request', 'unknown keys: ' + ', '.join(misspelt))]
                            [:bool(misspelt)])
     return Request(target=target, ignored=tuple(sorted(document)), **values)
