@@ -556,10 +556,12 @@ def _document(data):
         raise RequestError(('request', 'is longer than {} bytes'.format(MAX_REQUEST)))
     if not data.strip():
         raise RequestError(('request', 'is empty, expected a JSON object'))
+    if data.startswith(b'\xef\xbb\xbf'):      # a byte order mark
+        data = data[3:]
     if re.match(b'\xff\xfe|\xfe\xff|[{]\0|\0[{]', data):
         raise RequestError(('request', 'is UTF-16, which ">" of PowerShell writes; expected UTF-8'))
     try:
-        document = json.loads(data.decode('utf-8-sig'), object_pairs_hook=unique, parse_int=_number,
+        document = json.loads(data.decode('utf-8'), object_pairs_hook=unique, parse_int=_number,
                               parse_float=_number, parse_constant=_number)
     except RecursionError:
         raise RequestError(('request', 'is nested too deeply')) from None
@@ -763,8 +765,8 @@ _TABLE = tuple(_Row(*row) for row in (
     (_TRUSTED | {_GUEST, _MESSAGES}, b'virt-v2v: Exiting on signal SIG',
      rb'virt-v2v: Exiting on signal (SIG[A-Z]{3,4})', 'farewell',
      lambda name: 'virt-v2v was told to stop by ' + clean(name)),
-    # virt-v2v: could not find key to open LUKS encrypted /dev/sda2.
-    ({_OPENING}, b'virt-v2v: could not', rb'virt-v2v: (could not find key to open LUKS .*)',
+    # /usr/bin/virt-v2v: could not find key to open LUKS encrypted /dev/sda2.
+    ({_OPENING}, b'find key to open', rb'(?:/.*/)?virt-v2v: (could not find key to open LUKS .*)',
      'farewell', clean),
     # virt-v2v: warning: don't know how to install guest tools on debian-12
     (_TRUSTED | {_LINES}, b'virt-v2v: warning: ', rb'virt-v2v: warning: (.*)', 'warning', bytes),
@@ -2666,9 +2668,14 @@ def check_host(request, options, identity, directory, problems, answer):
             drivers = find_drivers(request)
     with looking_at('virt-v2v'):
         found.append(find_virt_v2v())
-    for option, path in zip(('--log-dir ', '--state-dir '), job_directories(identity, options)):
-        with looking_at(option + as_text(path)):
-            found.append((path, open_private_directory(option + as_text(path), path)))
+    paths, opened = job_directories(identity, options), {}
+    for path in OrderedDict.fromkeys(paths):        # both may be the same
+        named = [option for option, other in zip(('--log-dir', '--state-dir'), paths)
+                 if other == path]
+        subject = '{} {}'.format(' and '.join(named), as_text(path))
+        with looking_at(subject):
+            opened[path] = open_private_directory(subject, path)
+    found += [(path, opened.get(path)) for path in paths]
     if problems:
         raise HostError(*problems)
     return Host(*found, drivers=drivers)
@@ -3117,7 +3124,7 @@ def parse_arguments(arguments):
 
     class ArgumentParser(argparse.ArgumentParser):
         def error(self, message):
-            is_file = re.match('unrecognized arguments: [^-]', message)
+            is_file = len(arguments) == 1 and not arguments[0].startswith('-')
             raise RequestError(('usage', '{}; {}'.format(
                 clean(message), _HOW if is_file else 'see --help')))
 

@@ -777,7 +777,8 @@ def test_virt_v2v_says_which_signal_ends_it(phase):
 
 def test_a_missing_key_is_told_though_virt_v2v_calls_it_no_error():
     text = 'could not find key to open LUKS encrypted /dev/sda2.'
-    assert in_modern('Opening the source', 'virt-v2v: ' + text) == [('farewell', text)]
+    for program in ('virt-v2v: ', '/usr/bin/virt-v2v: '):
+        assert in_modern('Opening the source', program + text) == [('farewell', text)]
     assert in_modern(GUEST, 'virt-v2v: ' + text) == []
 
 

@@ -335,8 +335,7 @@ def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):
         'export_domain: wrong',
         '--vddk-libdir {}/export/lib64: No such file or directory'.format(host),
         'virt-v2v: not found on PATH',
-        '--log-dir /d: not ours',
-        '--state-dir /d: not ours']
+        '--log-dir and --state-dir /d: not ours']
 
 
 @pytest.mark.parametrize('name', ['libvixDiskLib.so', 'libvixDiskLib.so.7', 'libvixDiskLib.so.8.0'])
