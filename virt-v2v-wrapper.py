@@ -217,6 +217,12 @@ def clean(data):
     return '\n'.join(_UNPRINTABLE.sub('?', line) for line in lines)
 
 
+def quoted(text):
+    """Return `text` as one word for a shell."""
+    import shlex        # not needed by a start that succeeds
+    return shlex.quote(text)
+
+
 def timestamp():
     """Return the time, UTC in ISO 8601."""
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
@@ -322,6 +328,14 @@ _EXPORT_DOMAIN = (r'/\S*|(?:[A-Za-z0-9][A-Za-z0-9._-]*'
 _DEVICE = '/dev/[A-Za-z0-9_/.+-]+'
 _MAC = '[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}'
 
+# Where the request is to come from.
+_HOW = 'give the request on standard input: {}.py < request.json'.format(PROGRAM)
+
+
+class _Wrong(ValueError):
+    """A text that says more of a wrong value than what is expected of all; it shows no value."""
+
+
 # Patterns are compiled when a request needs them. A function that turns a value into a field raises
 # ValueError if the value is wrong, and TypeError if its type is.
 
@@ -365,6 +379,37 @@ def _disks(value):
     return disks
 
 
+def _uri(value):
+    found = re.match('(esx|vpx)://([^:/?]+)@([^/?]*)(.*)', value, re.DOTALL)
+    if found:
+        kind, user, _, rest = found.groups()
+        for character, name, code, text in (('@', 'an "@" in the user', '%40', user), (
+                ' ', 'a blank', '%20', value), ('\\', 'a backslash', '%5C', value)):
+            if character in text:
+                raise _Wrong('{} has to be written {}'.format(name, code))
+        if set(re.findall('[?&;]no_verify=([^&;]*)', rest)) - {'0', '1'}:
+            raise _Wrong('no_verify is 0 or 1')
+        if kind == 'vpx' and not re.match('/[^/?]+/[^/?]', rest):
+            raise _Wrong('vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server')
+    return _text(value, _URI)
+
+
+def _fingerprint(value):
+    front = re.match('(?i)SHA-?[0-9]{1,3} Fingerprint=', value)
+    if front:
+        raise _Wrong('expected the pairs of hex digits alone, without "{}"'.format(front.group()))
+    if re.fullmatch('[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2})+', value) and len(value) not in (59, 95):
+        raise _Wrong('expected 20 or 32 colon-separated pairs of hex digits, found {} pairs'.format(
+            value.count(':') + 1))
+    return _text(value, _FINGERPRINT).upper()
+
+
+def _domain(value):
+    if value.startswith('nfs://'):
+        raise _Wrong('expected HOST:/PATH, without "nfs://"')
+    return _text(value, _EXPORT_DOMAIN)
+
+
 def _secret(value):
     """A password: virt-v2v reads the first line of a file."""
     if not value or re.search('[\x00\n\r\ud800-\udfff]', value):
@@ -405,7 +450,7 @@ def _key(value):
     key = value.get('key')
     if (key is None) != (value.get('clevis') is True):
         raise ValueError
-    return _text(value['device'], 'all|' + _DEVICE), key and _secret(key)
+    return (_text(value['device'], 'all|' + _DEVICE), None if key is None else _secret(key))
 
 
 _MANDATORY = object()
@@ -423,10 +468,11 @@ _TRANSPORTS = OrderedDict(
     vddk=_rules(
         ('vm_name', _MANDATORY, _text,
          'a non-empty string of at most 4096 bytes without control characters'),
-        ('vmware_uri', _MANDATORY, _like(_URI),
+        ('vmware_uri', _MANDATORY, _uri,
          'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password'),
         ('vmware_password', _MANDATORY, _secret, 'a non-empty string without NUL or line ends'),
-        ('vmware_fingerprint', _MANDATORY, lambda value: _text(value, _FINGERPRINT).upper(),
+        ('vmware_password_file', None, _like('/.*'), 'an absolute path'),
+        ('vmware_fingerprint', _MANDATORY, _fingerprint,
          '20 or 32 colon-separated pairs of hex digits')),
     ssh=_rules(
         ('vm_name', _MANDATORY, _like(_VMX_URI),
@@ -435,7 +481,7 @@ _TRANSPORTS = OrderedDict(
 # The keys of each place to write it to. The first of them is what tells the target.
 _TARGETS = OrderedDict(
     export_domain=_rules(
-        ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
+        ('export_domain', _MANDATORY, _domain,
          'HOST:/PATH or an absolute directory, without blanks or control characters')),
     rhv_upload=_rules(
         ('rhv_url', _MANDATORY, _like(_ENGINE_URL),
@@ -464,6 +510,8 @@ _COMMON = _rules(
     ('root', 'first', _like('first|single|' + _DEVICE), '"first", "single" or "/dev/..."'),
     ('new_vm_name', None, _text,
      'a non-empty string of at most 4096 bytes without control characters'))
+# A key that another one, of the same rules, may stand for.
+_INSTEAD = {'vmware_password': 'vmware_password_file'}
 # All of them by key; vm_name is told as the first transport has it.
 _RULES = OrderedDict()
 for _rule in sum(list(_TRANSPORTS.values()) + [_COMMON] + list(_TARGETS.values()), ()):
@@ -508,8 +556,10 @@ def _document(data):
         raise RequestError(('request', 'is longer than {} bytes'.format(MAX_REQUEST)))
     if not data.strip():
         raise RequestError(('request', 'is empty, expected a JSON object'))
-    if data.startswith(b'\xef\xbb\xbf'):
-        raise RequestError(('request', 'begins with a byte order mark'))
+    if data.startswith(b'\xef\xbb\xbf'):      # a byte order mark
+        data = data[3:]
+    if re.match(b'\xff\xfe|\xfe\xff|[{]\0|\0[{]', data):
+        raise RequestError(('request', 'is UTF-16, which ">" of PowerShell writes; expected UTF-8'))
     try:
         document = json.loads(data.decode('utf-8'), object_pairs_hook=unique, parse_int=_number,
                               parse_float=_number, parse_constant=_number)
@@ -520,6 +570,8 @@ def _document(data):
     except ValueError as error:
         raise RequestError(('request', 'is not JSON: {}, line {} column {}'.format(
             error.msg.partition(':')[0], error.lineno, error.colno))) from None
+    if isinstance(document, list):
+        raise RequestError(('request', 'expected one request, not a list'))
     if not isinstance(document, dict):
         raise RequestError(('request', 'expected a JSON object'))
     return document
@@ -545,28 +597,51 @@ def parse_request(data):
     target, rules = _rules_for(document)
     values, problems = dict.fromkeys(_RULES), []
     for key, default, make, expected in rules:
+        instead = document.get(_INSTEAD.get(key))
         value = document.pop(key, None)
         try:
             values[key] = default if value is None else make(value)
+        except _Wrong as error:
+            problems.append((key, str(error)))
         except (ValueError, TypeError, KeyError, AttributeError):
             problems.append((key, 'expected ' + expected))
-        if value is None and default is _MANDATORY:
+        if value is not None and instead is not None:
+            problems.append((key, 'expected either this or {}, found both'.format(_INSTEAD[key])))
+        elif value is None and default is _MANDATORY and instead is None:
             problems.append((key, 'missing, expected ' + expected))
+        elif values[key] is _MANDATORY:
+            values[key] = None
     if problems:
-        from difflib import get_close_matches
-        # Only those that are misspelt: others may be anything, a misplaced password too.
-        misspelt = [key for key in sorted(set(document) - set(_RULES))
-                    if get_close_matches(key, _RULES) and key.isprintable()]
-        raise RequestError(*problems + [('request', 'unknown keys: ' + ', '.join(misspelt))]
-                           [:bool(misspelt)])
+        # Digits may be a password that is in the wrong place.
+        unknown = [key for key in sorted(set(document) - set(_RULES))
+                   if re.fullmatch('[A-Za-z_-]{1,40}', key)]
+        raise RequestError(*problems + [('request', 'unknown keys: ' + ', '.join(unknown))
+                                        for _ in unknown[:1]])
     return Request(target=target, ignored=tuple(sorted(document)), **values)
 
 
+def _read_password(path):
+    """Return the Secret in the first line of a file, which only the caller can read."""
+    subject = 'vmware_password_file'
+    with blaming(subject):
+        fd = os.open(path.encode('utf-8'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(fd)
+        data = os.read(fd, MAX_REQUEST) if stat.S_ISREG(status.st_mode) else None
+        os.close(fd)
+    if data is None or status.st_uid != os.geteuid():
+        raise HostError((subject, 'expected a file that belongs to who starts the conversion'))
+    if status.st_mode & 0o077:
+        raise HostError((subject, 'others may read it: chmod 600 ' + quoted(path)))
+    try:
+        return _secret(data.partition(b'\n')[0].rstrip(b'\r').decode('utf-8'))
+    except ValueError:
+        raise HostError((subject, 'expected a password in its first line, in UTF-8')) from None
+
+
 def read_request(fd):
-    """Read descriptor `fd` to its end and return the Request in it. Raises RequestError."""
+    """Read descriptor `fd` to its end and return the Request in it. Raises WrapperError."""
     if os.isatty(fd):
-        raise RequestError(('request', 'expected as JSON on standard input, which is a terminal;'
-                                       ' see --help'))
+        raise RequestError(('request', 'is a terminal; ' + _HOW))
     data, piece = b'', None
     while piece != b'' and len(data) <= MAX_REQUEST:
         try:
@@ -575,8 +650,11 @@ def read_request(fd):
         except BlockingIOError:
             select.select([fd], [], [])
         except OSError as error:
-            raise RequestError(('request', os_text(error))) from None
-    return parse_request(data)
+            raise RequestError(('request', '{}; {}'.format(os_text(error), _HOW))) from None
+    request = parse_request(data)
+    if request.vmware_password_file:
+        request = request._replace(vmware_password=_read_password(request.vmware_password_file))
+    return request
 
 
 # --- Output: chunks -> lines -> events. Bytes until a field is taken out, and bounded memory.
@@ -1426,6 +1504,8 @@ def start_agent(key, environment):
     with open(key.path) as stream:
         status, output = run_program('ssh-add', ['ssh-add', '-q', '-'], environment,
                                      PROBE_PATIENCE, stderr=subprocess.STDOUT, stdin=stream)
+    if b'passphrase' in output:         # it asks for it, and gets none
+        raise HostError(('ssh_key', 'expected a key that needs no passphrase'))
     if status != 0:
         raise HostError(('ssh_key', 'cannot be used: ' + ' '.join(clean(output).split())))
 
@@ -1601,33 +1681,50 @@ def job_directories(identity, options):
     return options.log_dir or log_dir, options.state_dir or state_dir
 
 
-def open_private_directory(path):
+def user_name(uid):
+    """Return the name of a user, or the number of one that has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _command_for(path):
+    """Return the command by which root makes directory `path` for us."""
+    import grp          # not needed by a start that succeeds
+    group = os.getegid()
+    with suppress(KeyError):        # a group without a name
+        group = grp.getgrgid(group).gr_name
+    return 'install -d -o {} -g {} {}'.format(
+        user_name(os.geteuid()), group, quoted(as_text(path)))
+
+
+def open_private_directory(subject, path):
     """Make directory `path` if it is missing; return a descriptor of it.
 
-    Raises HostError if it is not ours alone to write to: whoever can rename what is in it could
-    have us write to any file of ours.
+    Raises HostError about `subject` if it is not ours alone to write to: whoever can rename what is
+    in it could have us write to any file of ours.
     """
     try:
         os.makedirs(path, mode=0o755, exist_ok=True)
     except PermissionError:
-        import grp          # not needed by a start that succeeds
-        import shlex
-        group = os.getegid()
-        with suppress(KeyError):        # a group without a name
-            group = grp.getgrgid(group).gr_name
-        command = 'install -d -o {} -g {} {}'.format(
-            pwd.getpwuid(os.geteuid()).pw_name, group, shlex.quote(as_text(path)))
-        raise HostError((path, 'is missing, and may only be made by root: ' + command)) from None
+        raise HostError((subject, 'is missing, and may only be made by root: '
+                                  + _command_for(path))) from None
     except OSError as error:
-        raise HostError((path, os_text(error))) from None
-    with blaming(path):
+        raise HostError((subject, os_text(error))) from None
+    with blaming(subject):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     status = os.fstat(fd)
     if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
         return fd
     os.close(fd)
-    raise HostError((path, 'expected a directory that belongs to the user who runs the conversion,'
-                           ' and that nobody else may write to'))
+    user = user_name(os.geteuid())
+    if status.st_uid != os.geteuid():
+        raise HostError((subject, 'belongs to {}, expected a directory of {}; one in it will do: {}'
+                         .format(user_name(status.st_uid), user,
+                                 _command_for(os.path.join(path, PROGRAM)))))
+    raise HostError((subject, 'others may write to it (mode {:04o}), expected {} alone: chmod go-w'
+                              ' {}'.format(status.st_mode & 0o7777, user, quoted(as_text(path)))))
 
 
 Mount = namedtuple('Mount', 'id parent root point kind source options')
@@ -1756,11 +1853,13 @@ class ExportDomain:
         if ':/' in directory:
             raise HostError((subject, 'virt-v2v takes a path with ":/" in it for an NFS export'))
         with blaming(subject):
-            uuids = [name for name in os.listdir(directory)
-                     if re.fullmatch('(?s).{8}-.{4}-.{4}-.{4}-.{12}', name)]    # to virt-v2v
+            names = os.listdir(directory)
+        uuids = [name for name in names
+                 if re.fullmatch('(?s).{8}-.{4}-.{4}-.{4}-.{12}', name)]    # to virt-v2v
         if len(uuids) != 1:
             raise HostError((subject, 'expected exactly one directory named by a UUID in it, found'
-                                      ' {}'.format(len(uuids))))
+                                      ' {}{}'.format(len(uuids), '; give the directory above it'
+                                                     if 'dom_md' in names else '')))
         self.root = os.path.join(directory, uuids[0])
         self._parts = [os.path.join(self.root, part) for part in self.PARTS]
         for path in [self.root] + self._parts:
@@ -1768,7 +1867,8 @@ class ExportDomain:
                 raise HostError((subject, '{} is not a directory; is the domain attached to a data'
                                           ' center?'.format(path)))
             if not os.access(path, os.W_OK | os.X_OK):
-                raise HostError((subject, 'may not write to ' + path))
+                raise HostError((subject, '{} may not write to {}'.format(
+                    user_name(os.geteuid()), path)))
         self._before = self._contents()
 
     def _contents(self):
@@ -2113,7 +2213,7 @@ class StateFile:
 
     def _open_anew(self):
         """The directory was removed: make it again, for the next write."""
-        fd = open_private_directory(self.directory)
+        fd = open_private_directory('state directory', self.directory)
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         with suppress(FileExistsError):
@@ -2568,11 +2668,16 @@ def check_host(request, options, identity, directory, problems, answer):
             drivers = find_drivers(request)
     with looking_at('virt-v2v'):
         found.append(find_virt_v2v())
-    for path in job_directories(identity, options):
-        with looking_at(as_text(path)):
-            found.append((path, open_private_directory(path)))
+    paths, opened = job_directories(identity, options), {}
+    for path in OrderedDict.fromkeys(paths):        # both may be the same
+        named = [option for option, other in zip(('--log-dir', '--state-dir'), paths)
+                 if other == path]
+        subject = '{} {}'.format(' and '.join(named), as_text(path))
+        with looking_at(subject):
+            opened[path] = open_private_directory(subject, path)
+    found += [(path, opened.get(path)) for path in paths]
     if problems:
-        raise HostError(*OrderedDict.fromkeys(problems))    # both directories may be the same
+        raise HostError(*problems)
     return Host(*found, drivers=drivers)
 
 
@@ -2593,7 +2698,7 @@ def prepare(undo, request, identity, host, answer):
               sys.version.split()[0], identity.name, os.fsdecode(scratch))
     LOG.write('INFO', 'request: {}', request)
     if request.ignored:
-        LOG.write('WARNING', 'request: unknown keys: {}', ', '.join(request.ignored))
+        LOG.write('WARNING', 'ignored keys of the request: {}', ', '.join(request.ignored))
     answer.send('virt-v2v')
     environment = make_environment(os.environb, request, identity, host.drivers, scratch,
                                    cache_directory(scratch))
@@ -2692,8 +2797,10 @@ def launch(request, options):
         raise HostError((told, 'does not answer')) from None
     if told is None:
         end_guardian(guardian_pid, 0)   # it was killed
-    paths = expect_success(told)
-    return dict(paths, ignored_keys=request.ignored) if request.ignored else paths, guardian_pid
+    told = expect_success(told)
+    if request.ignored:
+        told['ignored_keys'] = request.ignored
+    return told, guardian_pid
 
 
 def end_guardian(pid, patience):
@@ -2967,7 +3074,7 @@ def look_after_jobs(options, asked):
         return cancel(asked['cancel'])
     directory, views = job_directories(identity, options)[1], []
     if os.path.lexists(directory):
-        fd = open_private_directory(directory)
+        fd = open_private_directory('--state-dir ' + as_text(directory), directory)
         if asked['list']:
             end_dead_jobs(directory, fd)
         for name in sorted(os.listdir(fd)):
@@ -3017,7 +3124,9 @@ def parse_arguments(arguments):
 
     class ArgumentParser(argparse.ArgumentParser):
         def error(self, message):
-            raise RequestError(('usage', clean(message) + '; see --help'))
+            is_file = len(arguments) == 1 and not arguments[0].startswith('-')
+            raise RequestError(('usage', '{}; {}'.format(
+                clean(message), _HOW if is_file else 'see --help')))
 
     keys = [textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
                           initial_indent='  {:20}'.format(rule.key), subsequent_indent=' ' * 22)

@@ -127,10 +127,33 @@ def test_it_returns_at_once_with_closed_descriptors(waiting, numbers):
     assert b'"state_file"' not in log_texts(waiting)
 
 
+HOW = b'give the request on standard input: virt-v2v-wrapper.py < request.json\n'
+
+
+def test_a_request_as_argument_is_told_where_to_go(waiting):
+    process = waiting.popen('request.json')
+    assert process.communicate(timeout=60) == (
+        b'', b'virt-v2v-wrapper: error: usage: unrecognized arguments: request.json; ' + HOW)
+    assert process.returncode == 2
+
+
+def test_keys_that_mean_nothing_are_in_answer_and_log(wrapper):
+    job = wrapper.start(wrapper.request(vmname='x', rhv_cafile='/x'))
+    job.wait_finished()
+    assert job.ignored_keys == ['rhv_cafile', 'vmname']
+    assert b'WARNING ignored keys of the request: rhv_cafile, vmname\n' in job.log('wrapper_log')
+
+
+def test_an_answer_without_ignored_keys_does_not_name_any(wrapper):
+    job = wrapper.start()
+    job.wait_finished()
+    assert job.ignored_keys is None
+
+
 def test_a_closed_stdin_is_named(waiting):
     process = waiting.popen(prepare=closing([0]))
     assert process.communicate(timeout=60) == (
-        b'', b'virt-v2v-wrapper: error: request: Bad file descriptor\n')
+        b'', b'virt-v2v-wrapper: error: request: Bad file descriptor; ' + HOW)
 
 
 def test_closed_descriptors_are_taken_before_any_file_of_ours(wrapper):
@@ -335,8 +358,7 @@ def test_a_terminal_as_stdin_is_refused_at_once(waiting, terminal):
     process = waiting.popen(stdin=terminal.slave)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (2, b'')
-    assert stderr == (b'virt-v2v-wrapper: error: request: expected as JSON on standard input, which'
-                      b' is a terminal; see --help\n')
+    assert stderr == b'virt-v2v-wrapper: error: request: is a terminal; ' + HOW
     assert waiting.files() == []
 
 
@@ -660,14 +682,14 @@ def test_by_ssh_status_and_message_of_a_refusal_arrive(host):
     client = host.sshd.popen(remote_command(host), stdin=subprocess.PIPE)
     stdout, stderr = client.communicate(b'[]', timeout=60)
     assert (client.returncode, stdout) == (2, b'')
-    assert stderr == b'virt-v2v-wrapper: error: request: expected a JSON object\n'
+    assert stderr == b'virt-v2v-wrapper: error: request: expected one request, not a list\n'
 
 
 def test_by_ssh_a_terminal_as_stdin_is_refused(host):
     client = host.sshd.popen(remote_command(host), '-tt')
     said = client.communicate(timeout=60)[0]
     assert client.returncode == 2
-    assert said.startswith(b'virt-v2v-wrapper: error: request: expected as JSON')
+    assert said.startswith(b'virt-v2v-wrapper: error: request: is a terminal; give the request on')
     assert host.files() == []
 
 

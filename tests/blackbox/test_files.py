@@ -15,8 +15,6 @@ from virt_v2v import copying, phase, reach, wait
 pytestmark = pytest.mark.promise(9)
 
 ENDINGS = {'v2v_log': '.log', 'wrapper_log': '-wrapper.log', 'state': '.state', 'lock': '.lock'}
-FOREIGN_TEXT = ('expected a directory that belongs to the user who runs the conversion, and that'
-                ' nobody else may write to')
 VICTIM = 'what was there before\n'
 
 
@@ -190,7 +188,7 @@ def test_what_is_no_directory_in_the_place_of_one_is_refused(wrapper, victim, pl
     path = at(wrapper, place)
     obstacle(path, victim)
     before = fingerprint(path)
-    assert_refused(wrapper, '{}: {}'.format(path, text))
+    assert_refused(wrapper, '--{}-dir {}: {}'.format(place, path, text))
     assert fingerprint(path) == before
     assert not os.path.lexists(victim + '.missing')
 
@@ -201,7 +199,7 @@ def test_a_symlink_in_the_place_of_a_directory_is_refused(wrapper, place):
     os.mkdir(target, 0o755)
     os.chown(target, wrapper.user.pw_uid, wrapper.user.pw_gid)
     os.symlink(target, at(wrapper, place))
-    assert_refused(wrapper, '{}: Not a directory'.format(at(wrapper, place)))
+    assert_refused(wrapper, '--{}-dir {}: Not a directory'.format(place, at(wrapper, place)))
     assert os.listdir(target) == []
 
 
@@ -210,9 +208,19 @@ def test_a_symlink_in_the_place_of_a_directory_is_refused(wrapper, place):
 def test_a_directory_that_others_may_write_to_is_refused(wrapper, place, bits):
     make_directories(wrapper)
     os.chmod(at(wrapper, place), bits)
-    assert_refused(wrapper, '{}: {}'.format(at(wrapper, place), FOREIGN_TEXT))
+    assert_refused(wrapper, '--{0}-dir {1}: others may write to it (mode {2:04o}), expected {3}'
+                   ' alone: chmod go-w {1}'.format(
+                       place, at(wrapper, place), bits, wrapper.user.pw_name))
     assert mode(at(wrapper, place)) == bits
     assert os.listdir(at(wrapper, place)) == []
+
+
+def foreign(wrapper, place, path, owner):
+    """Return the problem with a directory of somebody else."""
+    return ('--{}-dir {path}: belongs to {}, expected a directory of {user}; one in it will do:'
+            ' install -d -o {user} -g {} {path}/virt-v2v-wrapper').format(
+        place, 'root' if owner == 0 else owner, group_of(wrapper), path=path,
+        user=wrapper.user.pw_name)
 
 
 @pytest.mark.parametrize('place', PLACES)
@@ -223,7 +231,7 @@ def test_a_directory_of_somebody_else_is_refused(wrapper, place, owner):
     make_directories(wrapper)
     os.chown(at(wrapper, place), owner, owner)
     os.chmod(at(wrapper, place), 0o755)
-    assert_refused(wrapper, '{}: {}'.format(at(wrapper, place), FOREIGN_TEXT))
+    assert_refused(wrapper, foreign(wrapper, place, at(wrapper, place), owner))
     assert os.lstat(at(wrapper, place)).st_uid == owner
 
 
@@ -235,7 +243,8 @@ def test_root_makes_nothing_where_a_dangling_symlink_points_to(root_wrapper, pla
     arguments = ['--log-dir', root_wrapper.log_dir, '--state-dir', root_wrapper.state_dir]
     arguments[1 if place == 'log' else 3] = path
     job = root_wrapper.start(None, *arguments + root_wrapper.arguments[4:])
-    assert (job.status, job.stderr) == (1, error_line(path + ': File exists'))
+    assert (job.status, job.stderr) == (
+        1, error_line('--{}-dir {}: File exists'.format(place, path)))
     assert not os.path.lexists(ours)
     assert os.lstat(path).st_uid == 0
 
@@ -244,7 +253,7 @@ def test_root_gives_nothing_away_that_was_there_before(root_wrapper):
     path = os.path.join(root_wrapper.directory, 'root-s')
     os.mkdir(path, 0o755)
     job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
-    assert (job.status, job.stderr) == (1, error_line('{}: {}'.format(path, FOREIGN_TEXT)))
+    assert (job.status, job.stderr) == (1, error_line(foreign(root_wrapper, 'log', path, 0)))
     assert os.lstat(path).st_uid == 0
     assert os.listdir(path) == []
 
@@ -260,8 +269,9 @@ def test_root_makes_no_directory_where_vdsm_may_not(root_wrapper, owner, group, 
     path = os.path.join(shared, 'log')
     job = root_wrapper.start(None, '--log-dir', path, *root_wrapper.arguments[2:])
     assert job.status == 1
-    assert job.stderr == error_line("{0}: is missing, and may only be made by root: install -d"
-                                    " -o vdsm -g {1} '{0}'".format(path, group_of(root_wrapper)))
+    assert job.stderr == error_line(
+        "--log-dir {0}: is missing, and may only be made by root: install -d -o vdsm -g {1}"
+        " '{0}'".format(path, group_of(root_wrapper)))
     assert os.listdir(shared) == []
 
 
@@ -571,7 +581,9 @@ def test_a_directory_that_an_access_list_opens_is_refused(wrapper):
     make_directories(wrapper)
     if subprocess.call([acl_tool(), '-m', 'u:daemon:rwx', wrapper.state_dir]) != 0:
         pytest.skip('this file system has no access lists')
-    assert_refused(wrapper, '{}: {}'.format(wrapper.state_dir, FOREIGN_TEXT))
+    assert_refused(
+        wrapper, '--state-dir {0}: others may write to it (mode 0775), expected {1} alone: chmod'
+        ' go-w {0}'.format(wrapper.state_dir, wrapper.user.pw_name))
 
 
 def test_a_wrapper_killed_after_its_first_state_leaves_no_file(wrapper):

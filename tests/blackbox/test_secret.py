@@ -3,6 +3,7 @@
 Each test has a password of its own, and looks for it in all processes of this machine, and in all
 files that were changed since the test began where a job or any user may write.
 """
+import contextlib
 import copy
 import json
 import os
@@ -16,7 +17,10 @@ import pytest
 
 import hidden
 import rooms
+import ssh
 import sweep
+from blackbox import ABSENT
+from engine import Engine
 from eventually import eventually
 from faults import absent, guardian, strace, tamper, without_interpreter
 from hidden import secret_descriptors
@@ -174,6 +178,81 @@ def test_the_password_is_written_to_its_descriptor_only(wrapper, needle):
     written = [line for line in lines if '/stand-in/runs/' not in line]
     assert len(written) == 1
     assert re.match(r'[0-9]+ +write\([0-9]+<(/memfd:|/dev/shm/)', written[0])
+
+
+# --- each kind of secret -----------------------------------------------------------------
+
+@contextlib.contextmanager
+def in_a_file(wrapper, needle):
+    path = os.path.join(wrapper.home, 'password')
+    with open(path, 'w') as stream:
+        stream.write(needle.text + '\n')
+    os.chmod(path, 0o600)
+    os.chown(path, wrapper.caller.pw_uid, wrapper.caller.pw_gid)
+    yield {'request': wrapper.request(vmware_password=ABSENT, vmware_password_file=path)}
+    os.unlink(path)
+
+
+@contextlib.contextmanager
+def for_an_engine(wrapper, needle):
+    for name in ('python3', 'nbdkit'):
+        wrapper.add_program(name, '#!/bin/sh\n')
+    with Engine(wrapper.directory, needle.text) as engine:
+        yield {'request': wrapper.request(**engine.keys)}
+
+
+@contextlib.contextmanager
+def for_a_disk(wrapper, needle):
+    yield {'request': wrapper.request(luks_keys=[{'device': '/dev/sda2', 'key': needle.text}])}
+
+
+@contextlib.contextmanager
+def for_ssh(wrapper, needle):
+    prepare = ssh.provide(wrapper)
+    key, _ = ssh.make_key()
+    needle.text = key.splitlines()[2]
+    yield {'request': wrapper.request(ssh_key=key, **ssh.GUEST), 'prepare': prepare}
+
+
+# How a secret comes to the wrapper, and where virt-v2v finds it; test_ssh.py asks the agent.
+KINDS = [(in_a_file, '-ip'), (for_an_engine, '-op'), (for_a_disk, '/dev/sda2'), (for_ssh, None)]
+
+
+@pytest.mark.parametrize('kind, place', KINDS)
+def test_each_secret_reaches_virt_v2v_and_is_nowhere(wrapper, needle, kind, place):
+    wrapper.virt_v2v.play(phase('Opening the source'), reach('running'), wait('end'))
+    with kind(wrapper, needle) as start:
+        job = wrapper.start(**start)
+    assert (job.status, job.stderr) == (0, b'')
+    wrapper.virt_v2v.wait_for('running')
+    assert wrapper.recorded().secrets.get(place) == (place and needle.text.encode())
+    needle.assert_hidden(job.stdout)
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    wrapper.wait_gone()
+    needle.assert_hidden(job.stdout)
+
+
+@pytest.mark.parametrize('kind', [kind for kind, _ in KINDS])
+def test_after_a_start_that_fails_each_secret_is_nowhere(wrapper, needle, kind):
+    wrapper.use('RHEL 10')
+    with kind(wrapper, needle) as start:
+        job = wrapper.start(**start)
+    wrapper.wait_gone()
+    assert (job.status, job.stdout) == (1, b'')
+    needle.assert_hidden(job.stderr)
+
+
+@pytest.mark.parametrize('overrides', [
+    {'rhv_password': '%s '}, {'luks_keys': [{'device': 'all', 'key': '%s\n'}]},
+    {'transport_method': 'ssh', 'ssh_key': '%s'}, {'vmware_password_file': '%s'},
+    {'%s': 'x', 'vm_name': ''}], ids=['engine', 'disk', 'ssh', 'file', 'key'])
+def test_a_refused_request_shows_no_secret(wrapper, needle, overrides):
+    text = json.dumps(wrapper.request(**dict(
+        {'export_domain': ABSENT}, **overrides))).replace('%s', needle.text)
+    job = wrapper.start(text.encode())
+    assert (job.status, job.stdout) == (2, b'')
+    needle.assert_hidden(job.stderr)
 
 
 # --- after each ending -------------------------------------------------------------------

@@ -102,6 +102,7 @@ class Job:
         self.stderr = stderr
         self.answer = json.loads(stdout.decode()) if stdout else {}
         self.paths = Paths(*map(self.answer.get, Paths._fields)) if stdout else None
+        self.ignored_keys = self.answer.get('ignored_keys')
 
     def __repr__(self):
         return 'Job(%r, %r, %r)' % (self.status, self.stdout, self.stderr)

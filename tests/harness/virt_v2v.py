@@ -83,18 +83,18 @@ GENERATIONS = {
     # 1.38.4 with -io, but not -ip.
     'RHEL 8.0': generation(CAPABILITIES_1_40, *BASIC, '-it -io -oo', VDDK_OPTIONS,
                            json=False, refusal=NO_ARGUMENT),
-    '1.40.2': generation(CAPABILITIES_1_40, *BASIC, '-it -io -ip -oo --mac', VDDK_OPTIONS,
+    '1.40.2': generation(CAPABILITIES_1_40, *BASIC, '-it -io -ip -oo --mac --key', VDDK_OPTIONS,
                          json=False),
-    '1.44.2': generation(CAPABILITIES_1_40, *BASIC, '-it -io -ip -oo --mac', VDDK_OPTIONS),
-    '2.2.0': generation(CAPABILITIES_2_2, *BASIC, '-it -io -ip -oo --mac', VDDK_OPTIONS),
+    '1.44.2': generation(CAPABILITIES_1_40, *BASIC, '-it -io -ip -oo --mac --key', VDDK_OPTIONS),
+    '2.2.0': generation(CAPABILITIES_2_2, *BASIC, '-it -io -ip -oo --mac --key', VDDK_OPTIONS),
     # Neither --vddk-* nor --password-file.
     '2.10.0': generation(CAPABILITIES_2_10, SHORT_OPTIONS,
                          LONG_OPTIONS.replace('--password-file', ''),
-                         '-it -io -ip -oo --mac --parallel --block-driver'),
+                         '-it -io -ip -oo --mac --key --parallel --block-driver'),
     # No output to oVirt.
     'RHEL 10': generation(CAPABILITIES_RHEL_10, SHORT_OPTIONS,
                           LONG_OPTIONS.replace('--password-file', ''),
-                          '-it -io -ip -oo --mac --parallel --block-driver'),
+                          '-it -io -ip -oo --mac --key --parallel --block-driver'),
 }
 
 
@@ -111,7 +111,9 @@ class Run:
         self.session = facts['session']
         self.directory = facts['directory']
         self.descriptors = facts['descriptors']     # {number: what it is open on}
-        self.password = facts['password']           # what is in the password file, or None
+        # What is in the files of secrets, by option or, for --key, by device; what the agent has.
+        self.secrets, self.agent = facts['secrets'], facts['agent']
+        self.password = self.secrets.get('-ip', self.secrets.get('--password-file'))
         # The first two are the shell and the script that it runs.
         self.program, *self.arguments = self._read('cmdline').split(b'\0')[1:-1]
         self.environment = dict(

@@ -2,35 +2,20 @@
 import functools
 import json
 import os
-import re
 
 import pytest
 
 import captures
-from blackbox import PASSWORD, valid_request
+from blackbox import ABSENT, PASSWORD, valid_request
 from results import refusal
 from virt_v2v import GENERATIONS
 from virt_v2v_wrapper import (
     Capabilities, Identity, capabilities, make_arguments, make_environment, parse_request,
     secrets_of)
 
-OVIRT = {'output:rhv', 'output:rhv-upload', 'mac-option', 'vddk'}
-
-
-def knows(messages, *options):
-    """Return what a virt-v2v with these options tells of itself."""
-    return Capabilities(messages, frozenset(OVIRT), frozenset(options))
-
-
-MODERN = knows(True, '-io', '-ip')
-FOCAL = knows(False, '-io', '-ip', '--vddk-libdir', '--password-file')
-RHEL_8_0 = knows(False, '-io', '--vddk-libdir', '--password-file')
-RHEL_7_5 = knows(False, '--vddk-libdir', '--password-file')
 NO_OVIRT = ('virt-v2v: this version cannot write to an oVirt export domain'
             ' (RHEL 10 has no -o rhv)')
-NO_UPLOAD = 'virt-v2v: this version cannot upload to oVirt (RHEL 10 has no -o rhv-upload)'
 NO_VDDK = 'virt-v2v: this version cannot read disks with VDDK'
-NO_MAC = 'network_mappings: this version of virt-v2v cannot map a network by mac_address'
 
 
 # --- what there is -----------------------------------------------------------------------
@@ -53,25 +38,27 @@ def stand_in(generation):
 
 
 @pytest.mark.parametrize('version', ['2.2.0', '2.6.0', '2.10.0'])
-def test_a_version_with_messages_is_asked_once(version):
+def test_a_version_with_messages_knows_all_new_options(version):
+    features = captures.capabilities(version)
+    assert capabilities(answers(True, features)) == Capabilities(
+        messages=True, features=frozenset(features), options={'-io', '-ip'})
+
+
+def test_a_version_with_messages_is_asked_once():
     asked = []
 
     def ask(option):
         asked.append(option)
-        return captures.capabilities(version)
-    found = capabilities(ask)
+        return captures.capabilities('2.2.0')
+    capabilities(ask)
     assert asked == ['--machine-readable=fd:1']
-    assert found.messages and found.options == {'-io', '-ip'}
 
 
-def test_a_version_without_messages_is_asked_for_its_options():
+def test_an_older_version_is_asked_for_its_options():
     options = ['-io', '-ip', '--vddk-libdir', '--password-file']
-    found = capabilities(answers(False, captures.capabilities('1.40.2'), options))
-    assert found == (False, set(captures.capabilities('1.40.2')), set(options))
-
-
-def test_a_version_that_answers_nothing_knows_nothing():
-    assert capabilities(answers(False, None)) == (False, set(), set())
+    features = captures.capabilities('1.40.2')
+    assert capabilities(answers(False, features, options)) == Capabilities(
+        messages=False, features=frozenset(features), options=frozenset(options))
 
 
 # --- arguments ---------------------------------------------------------------------------
@@ -80,159 +67,186 @@ FINGERPRINT = ':'.join(['0A'] * 20)
 URI = 'esx://root@esx.example.com?no_verify=1'
 
 
-def arguments(capability=MODERN, directory='/export', libdir='/vddk', **overrides):
-    """Return the arguments for a request that is valid but for the overrides.
-
-    A path in /proc/self/fd is replaced by what is to be read there.
-    """
+def made(ask, directory='/export', libdir='/vddk', **overrides):
+    """Return the arguments (bytes) for a request that is valid but for the overrides."""
     request = parse_request(json.dumps(valid_request(**overrides)).encode('utf-8'))
-    files = {}
-    for secret in secrets_of(request):
-        secret.store()
-        files[secret.path.encode('ascii')] = b'(%s)' % secret.read().encode('utf-8')
-    given = make_arguments(capability, request, directory, libdir, 8)
-    for secret in secrets_of(request):
-        secret.close()
-    return [re.sub(rb'/proc/self/fd/[0-9]+', lambda match: files[match.group()], argument)
-            for argument in given]
+    for number, secret in enumerate(secrets_of(request), 7):
+        secret._fd = number             # no file is opened
+    return make_arguments(capabilities(ask), request, directory, libdir, 5)
 
 
-@pytest.mark.parametrize('capability, before, password, vddk', [
-    (MODERN, ['--machine-readable=fd:8'], '-ip',
-     ['-io', 'vddk-libdir=/vddk', '-io', 'vddk-thumbprint=' + FINGERPRINT]),
-    (FOCAL, [], '-ip',
-     ['-io', 'vddk-libdir=/vddk', '-io', 'vddk-thumbprint=' + FINGERPRINT]),
-    (RHEL_8_0, [], '--password-file',
-     ['-io', 'vddk-libdir=/vddk', '-io', 'vddk-thumbprint=' + FINGERPRINT]),
-    (RHEL_7_5, [], '--password-file',
-     ['--vddk-libdir', '/vddk', '--vddk-thumbprint', FINGERPRINT]),
-])
-def test_the_arguments_are_those_of_the_version(capability, before, password, vddk):
-    expected = ['-v', '-x'] + before + [
-        '--root', 'first', '-i', 'libvirt', '-ic', URI, password, '(%s)' % PASSWORD, '-it', 'vddk',
-    ] + vddk + ['-of', 'raw', '-o', 'rhv', '-os', '/export', '--bridge', 'ovirtmgmt', '--', 'vm']
-    assert [argument.decode() for argument in arguments(capability)] == expected
+def arguments(generation='2.2.0', **overrides):
+    """Return the arguments (texts) for this generation."""
+    return [argument.decode() for argument in made(stand_in(generation), **overrides)]
+
+
+@pytest.mark.parametrize('ask', [
+    answers(False, captures.capabilities('1.36.13'), ['-i', '--password-file']),
+    answers(True, [name for name in captures.capabilities('2.2.0') if name != 'vddk']),
+    stand_in('1.36.13')])
+def test_a_version_without_vddk_is_refused(ask):
+    assert refusal(made, ask) == [NO_VDDK]
+
+
+@pytest.mark.parametrize('ask', [
+    answers(True, [name for name in captures.capabilities('2.10.0')
+                   if not name.startswith('output:ovirt')]),
+    answers(True, [name for name in captures.capabilities('2.2.0') if name != 'output:rhv']),
+    stand_in('RHEL 10'),
+    answers(False, None, ['-io']),
+    answers(False, [], ['-io'])])
+def test_a_version_without_output_to_ovirt_is_refused(ask):
+    assert refusal(made, ask) == [NO_OVIRT]
+
+
+# What a request with no other than the mandatory keys becomes, by the generation of virt-v2v.
+LINES = {
+    'RHEL 7.5': (
+        '-v -x --root first -i libvirt -ic {uri} --password-file /proc/self/fd/7 -it vddk'
+        ' --vddk-libdir /vddk --vddk-thumbprint {fingerprint}'
+        ' -of raw -o rhv -os /export --bridge ovirtmgmt -- vm'),
+    'RHEL 8.0': (
+        '-v -x --root first -i libvirt -ic {uri} --password-file /proc/self/fd/7 -it vddk'
+        ' -io vddk-libdir=/vddk -io vddk-thumbprint={fingerprint}'
+        ' -of raw -o rhv -os /export --bridge ovirtmgmt -- vm'),
+    '1.40.2': (
+        '-v -x --root first -i libvirt -ic {uri} -ip /proc/self/fd/7 -it vddk'
+        ' -io vddk-libdir=/vddk -io vddk-thumbprint={fingerprint}'
+        ' -of raw -o rhv -os /export --bridge ovirtmgmt -- vm'),
+    '1.44.2': (
+        '-v -x --machine-readable=fd:5 --root first -i libvirt -ic {uri} -ip /proc/self/fd/7'
+        ' -it vddk -io vddk-libdir=/vddk -io vddk-thumbprint={fingerprint}'
+        ' -of raw -o rhv -os /export --bridge ovirtmgmt -- vm'),
+}
+LINES['2.2.0'] = LINES['2.10.0'] = LINES['1.44.2']
+UNFIT = {'1.36.13', 'RHEL 10'}
+
+
+@pytest.mark.parametrize('generation', sorted(set(GENERATIONS) - UNFIT))
+def test_the_arguments_are_those_of_the_version(generation):
+    assert arguments(generation) == LINES[generation].format(
+        uri=URI, fingerprint=FINGERPRINT).split()
+
+
+def value_of(option, generation='2.2.0', **overrides):
+    """Return what follows an option that is given once, None if it is not given."""
+    given = arguments(generation, **overrides)
+    assert given.count(option) <= 1
+    return given[given.index(option) + 1] if option in given else None
+
+
+def values_of(option, generation='2.2.0', **overrides):
+    """Return what follows an option, each time that it is given."""
+    given = arguments(generation, **overrides)
+    return [value for name, value in zip(given, given[1:]) if name == option]
+
+
+UPLOAD = {'export_domain': ABSENT, 'rhv_url': 'https://engine.example.com/ovirt-engine/api',
+          'rhv_password': PASSWORD, 'rhv_cluster': 'My Cluster', 'rhv_storage': 'data'}
+SSH = {'transport_method': 'ssh', 'vm_name': 'ssh://root@esx.example.com/ds/vm.vmx',
+       'vmware_uri': ABSENT, 'vmware_password': ABSENT, 'vmware_fingerprint': ABSENT}
+
+
+def tail(first, generation, **overrides):
+    """Return the arguments from the first of this name on."""
+    given = arguments(generation, **overrides)
+    return given[given.index(first):]
+
+
+@pytest.mark.parametrize('generation, name', [
+    ('RHEL 8.0', 'rhv-upload'), ('1.40.2', 'rhv-upload'), ('2.2.0', 'rhv-upload'),
+    ('2.10.0', 'ovirt-upload')])
+def test_an_upload_is_spelt_as_the_version_has_it(generation, name):
+    assert tail('-o', generation, **UPLOAD) == [
+        '-o', name, '-oc', 'https://engine.example.com/ovirt-engine/api',
+        '-op', '/proc/self/fd/8', '-os', 'data', '-oo', 'rhv-cluster=My Cluster',
+        '-oo', 'rhv-direct=true', '-oo', 'rhv-verifypeer=true',
+        '-oo', 'rhv-cafile=/etc/pki/vdsm/certs/cacert.pem',
+        '--bridge', 'ovirtmgmt', '--', 'vm']
+
+
+def test_an_engine_is_not_verified_if_the_caller_says_so():
+    assert values_of('-oo', insecure_connection=True, **UPLOAD) == [
+        'rhv-cluster=My Cluster', 'rhv-direct=true', 'rhv-verifypeer=false']
+
+
+@pytest.mark.parametrize('generation', ['RHEL 7.5', 'RHEL 10'])
+def test_a_version_that_cannot_upload_is_refused(generation):
+    assert refusal(functools.partial(arguments, generation, **UPLOAD)) == [
+        'virt-v2v: this version cannot upload to oVirt (RHEL 10 has no -o rhv-upload)']
+
+
+@pytest.mark.parametrize('generation', ['1.36.13', 'RHEL 8.0', '2.2.0'])
+def test_a_guest_is_read_by_ssh_without_vddk(generation):
+    given = arguments(generation, **SSH)
+    assert given[given.index('-i'):] == (
+        '-i vmx -it ssh -of raw -o rhv -os /export --bridge ovirtmgmt'
+        ' -- ssh://root@esx.example.com/ds/vm.vmx').split()
+
+
+@pytest.mark.parametrize('overrides, option, value', [
+    ({'allocation': 'sparse'}, '-oa', 'sparse'),
+    ({'allocation': 'preallocated'}, '-oa', 'preallocated'),
+    ({}, '-oa', None),
+    ({'new_vm_name': '-x y'}, '-on', '-x y'),
+    ({}, '-on', None),
+    ({'root': 'single'}, '--root', 'single'),
+    ({'root': '/dev/sda2'}, '--root', '/dev/sda2')])
+def test_what_a_key_becomes(overrides, option, value):
+    assert value_of(option, **overrides) == value
+
+
+def test_the_keys_of_encrypted_devices_are_files():
+    assert values_of('--key', luks_keys=[
+        {'device': '/dev/sda2', 'key': 'a'}, {'device': '/dev/sdb', 'clevis': True},
+        {'device': 'all', 'key': 'b'}]) == [
+        '/dev/sda2:file:/proc/self/fd/8', '/dev/sdb:clevis', 'all:file:/proc/self/fd/9']
+
+
+BY_NAME = {'source': 'VM Network', 'destination': 'ovirtmgmt'}
+BY_MAC = {'source': 'DMZ', 'destination': 'dmz:1', 'mac_address': '00:50:56:AB:CD:EF'}
+
+
+def test_networks_are_mapped_before_all_others():
+    assert tail('--bridge', '2.2.0', network_mappings=[BY_NAME, BY_MAC]) == [
+        '--bridge', 'VM Network:ovirtmgmt', '--mac', '00:50:56:ab:cd:ef:bridge:dmz:1',
+        '--bridge', 'ovirtmgmt', '--', 'vm']
+
+
+def test_a_version_without_mac_option_maps_by_name_only():
+    assert values_of('--bridge', 'RHEL 7.5', network_mappings=[BY_NAME]) == [
+        'VM Network:ovirtmgmt', 'ovirtmgmt']
+    assert refusal(functools.partial(arguments, 'RHEL 7.5', network_mappings=[BY_MAC])) == [
+        'network_mappings: this version of virt-v2v cannot map a network by mac_address']
 
 
 def test_the_output_format_is_always_given():
-    given = arguments(output_format='qcow2')
-    assert given[given.index(b'-of') + 1] == b'qcow2'
+    assert value_of('-of', output_format='qcow2') == 'qcow2'
 
 
 @pytest.mark.promise(7)
 @pytest.mark.parametrize('name', [
     '-v', '--help', '--', '-', ' ', 'a b', '"a" \'b\' \\ $c `d`', '\u00dc\u65e5 \U0001f4bf', '*'])
 def test_a_name_is_the_last_argument_byte_for_byte(name):
-    assert arguments(vm_name=name)[-2:] == [b'--', name.encode('utf-8')]
+    assert made(stand_in('2.2.0'), vm_name=name)[-2:] == [b'--', name.encode('utf-8')]
 
 
 @pytest.mark.promise(7)
 @pytest.mark.parametrize('directory, data', [
     ('/\u00fc', b'/\xc3\xbc'), ('/\udcff', b'/\xff')])
 def test_a_directory_is_passed_on_byte_for_byte(directory, data):
-    given = arguments(directory=directory)
+    given = made(stand_in('2.2.0'), directory=directory)
     assert given[given.index(b'-os') + 1] == data
 
 
 @pytest.mark.promise(7)
 def test_a_library_directory_is_passed_on_byte_for_byte():
-    assert b'vddk-libdir=/\xc3\xbc' in arguments(libdir='/\u00fc')
+    assert b'vddk-libdir=/\xc3\xbc' in made(stand_in('2.2.0'), libdir='/\u00fc')
 
 
 @pytest.mark.promise(1)
 def test_the_password_is_no_argument():
-    request = parse_request(json.dumps(valid_request()).encode('utf-8'))
-    request.vmware_password.store()
-    given = make_arguments(MODERN, request, '/export', '/vddk', 8)
-    request.vmware_password.close()
-    assert PASSWORD.encode() not in b'\n'.join(given)
-
-
-@pytest.mark.parametrize('generation', [
-    'RHEL 7.5', 'RHEL 8.0', '1.40.2', '1.44.2', '2.2.0', '2.10.0'])
-def test_each_generation_is_given_only_what_it_knows(generation):
-    capability = capabilities(stand_in(generation))
-    known = set(GENERATIONS[generation].options) | {'--', '-io', '-ip'} & capability.options
-    given = [word.decode().partition('=')[0] for word in arguments(capability)]
-    assert {word for word in given if word.startswith('-')} <= known | {'--', '--machine-readable'}
-
-
-@pytest.mark.parametrize('capability', [
-    capabilities(answers(False, captures.capabilities('1.36.13'), ['-i', '--password-file'])),
-    MODERN._replace(features=frozenset(OVIRT - {'vddk'})),
-    capabilities(stand_in('1.36.13'))])
-def test_a_version_without_vddk_is_refused(capability):
-    assert refusal(arguments, capability) == [NO_VDDK]
-
-
-@pytest.mark.parametrize('generation', ['RHEL 10'])
-def test_a_version_without_output_to_ovirt_is_refused(generation):
-    capability = capabilities(stand_in(generation))
-    assert refusal(arguments, capability) == [NO_OVIRT]
-    assert refusal(functools.partial(arguments, **UPLOAD), capability) == [NO_UPLOAD]
-
-
-# --- what a request may ask for ----------------------------------------------------------
-
-UPLOAD = {
-    'export_domain': None, 'rhv_url': 'https://engine.example.com/ovirt-engine/api',
-    'rhv_password': 'pass word', 'rhv_cluster': 'Default', 'rhv_storage': 'data-1'}
-
-
-def between(given, first, last):
-    """Return the arguments from the first of a value on, up to another."""
-    words = [word.decode() for word in given]
-    return words[words.index(first):words.index(last)]
-
-
-@pytest.mark.parametrize('feature, output', [
-    ('output:rhv-upload', 'rhv-upload'), ('output:ovirt-upload', 'ovirt-upload')])
-def test_an_upload_goes_to_the_engine(feature, output):
-    given = arguments(MODERN._replace(features=frozenset(['vddk', feature])), **UPLOAD)
-    assert between(given, '-o', '--bridge') == [
-        '-o', output, '-oc', UPLOAD['rhv_url'], '-op', '(pass word)', '-os', 'data-1',
-        '-oo', 'rhv-cluster=Default', '-oo', 'rhv-direct=true', '-oo', 'rhv-verifypeer=true',
-        '-oo', 'rhv-cafile=/etc/pki/vdsm/certs/cacert.pem']
-
-
-def test_an_insecure_upload_verifies_nobody():
-    given = arguments(insecure_connection=True, rhv_cafile='/ca.pem', **UPLOAD)
-    assert between(given, '-oo', '--bridge')[-2:] == ['-oo', 'rhv-verifypeer=false']
-
-
-def test_networks_are_mapped_before_the_rest_goes_to_ovirtmgmt():
-    given = arguments(network_mappings=[
-        {'source': 'VM Network', 'destination': 'red: 1'},
-        {'source': 'x', 'destination': 'blue', 'mac_address': '00:50:56:AB:CD:EF', 'more': 1}])
-    assert between(given, '--bridge', '--') == [
-        '--bridge', 'VM Network:red: 1', '--mac', '00:50:56:ab:cd:ef:bridge:blue',
-        '--bridge', 'ovirtmgmt']
-
-
-def test_a_version_without_mac_option_refuses_a_mac_address():
-    mapping = {'source': 'x', 'destination': 'y', 'mac_address': '00:50:56:ab:cd:ef'}
-    old = MODERN._replace(features=frozenset(OVIRT - {'mac-option'}))
-    assert refusal(functools.partial(arguments, network_mappings=[mapping]), old) == [NO_MAC]
-
-
-@pytest.mark.parametrize('overrides, expected', [
-    ({'allocation': 'sparse'}, ['-oa', 'sparse']),
-    ({'allocation': 'preallocated'}, ['-oa', 'preallocated']),
-    ({'new_vm_name': '-x y'}, ['-on', '-x y']),
-    ({'luks_keys': [{'device': 'all', 'key': 'k'}, {'device': '/dev/sda2', 'clevis': True}]},
-     ['--key', 'all:file:(k)', '--key', '/dev/sda2:clevis']),
-    ({'root': 'single'}, ['--root', 'single']),
-    ({'root': '/dev/sda2'}, ['--root', '/dev/sda2'])])
-def test_each_key_becomes_its_option(overrides, expected):
-    given = [word.decode() for word in arguments(**overrides)]
-    start = given.index(expected[0])
-    assert given[start:start + len(expected)] == expected
-
-
-def test_a_guest_is_read_by_ssh():
-    given = arguments(transport_method='ssh', vm_name='ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx')
-    assert between(given, '-i', '-of') == ['-i', 'vmx', '-it', 'ssh']
-    assert given[-1] == b'ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx'
+    assert PASSWORD not in '\n'.join(arguments())
 
 
 # --- environment -------------------------------------------------------------------------
@@ -245,14 +259,12 @@ OURS = {
     b'HOME': os.fsencode('/home/v\u00fc'), b'USER': b'vdsm', b'LOGNAME': b'vdsm'}
 
 
-SSH = {'transport_method': 'ssh', 'vm_name': 'ssh://root@esx/vmfs/volumes/ds/vm/vm.vmx'}
-KEY = '-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n'
+REQUEST = parse_request(json.dumps(valid_request()).encode())
 
 
-def environment(request=None, drivers=None, **inherited):
+def environment(request=REQUEST, drivers=None, **inherited):
     """Return what of these variables virt-v2v gets, and the wrapper's own."""
     given = {name.encode(): value.encode() for name, value in inherited.items()}
-    request = parse_request(json.dumps(valid_request(**request or {})).encode('utf-8'))
     return make_environment(given, request, IDENTITY, drivers, b'/scratch', b'/cache')
 
 
@@ -284,19 +296,29 @@ def test_what_the_wrapper_decides_is_not_overridden(name):
     assert environment(**{name: 'theirs'}) == OURS
 
 
+def test_drivers_that_were_found_go_before_the_callers():
+    assert environment(drivers=b'/ours', VIRTIO_WIN='theirs') == {**OURS, b'VIRTIO_WIN': b'/ours'}
+
+
+def ssh_request(**overrides):
+    """Return the Request of a guest that is read by ssh."""
+    return parse_request(json.dumps(valid_request(**dict(SSH, **overrides))).encode())
+
+
+def test_the_callers_agent_is_only_for_ssh():
+    assert environment(SSH_AUTH_SOCK='/theirs') == OURS
+    assert environment(ssh_request(), SSH_AUTH_SOCK='/theirs') == {
+        **OURS, b'SSH_AUTH_SOCK': b'/theirs'}
+    assert environment(ssh_request()) == OURS
+
+
+def test_a_job_with_a_key_has_an_agent_of_its_own():
+    key = '-----BEGIN OPENSSH PRIVATE KEY-----\nb3\n-----END OPENSSH PRIVATE KEY-----\n'
+    assert environment(ssh_request(ssh_key=key), SSH_AUTH_SOCK='/theirs') == {
+        **OURS, b'SSH_AUTH_SOCK': b'/scratch/agent'}
+
+
 def test_the_callers_environment_is_left_alone():
     inherited = {b'PATH': b'/bin', b'HOME': b'/root'}
-    request = parse_request(json.dumps(valid_request()).encode('utf-8'))
-    make_environment(inherited, request, IDENTITY, b'/drivers', b'/scratch', b'/cache')
+    make_environment(inherited, REQUEST, IDENTITY, None, b'/scratch', b'/cache')
     assert inherited == {b'PATH': b'/bin', b'HOME': b'/root'}
-
-
-def test_drivers_that_were_found_replace_the_caller_s():
-    assert environment(drivers=b'/iso', VIRTIO_WIN='theirs')[b'VIRTIO_WIN'] == b'/iso'
-
-
-@pytest.mark.parametrize('more, expected', [
-    ({}, b'/theirs'), ({'ssh_key': KEY}, b'/scratch/agent')])
-def test_ssh_asks_the_agent_of_the_job_or_of_the_caller(more, expected):
-    given = environment(request=dict(SSH, **more), SSH_AUTH_SOCK='/theirs')
-    assert given[b'SSH_AUTH_SOCK'] == expected

@@ -1,10 +1,12 @@
 """Where a job has its files, and what has to be there before it starts."""
 import contextlib
+import functools
 import grp
 import itertools
 import json
 import os
 import pwd
+import re
 import shutil
 import tempfile
 
@@ -12,15 +14,14 @@ import pytest
 
 import virt_v2v_wrapper
 from blackbox import valid_request
+from engine import Engine, make_certificate
 from results import mode, refusal
 from virt_v2v_wrapper import (
-    ExportDomain, HostError, Identity, Options, check_host, find_nfs_mount, open_private_directory,
-    parse_request)
+    ExportDomain, HostError, Identity, Options, Upload, check_host, check_ssh, find_drivers,
+    find_nfs_mount, open_private_directory, parse_request)
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 OTHER = '1c8d2c6a-0000-4000-8000-0123456789AB'
-NOT_OURS = ('expected a directory that belongs to the user who runs the conversion, and that nobody'
-            ' else may write to')
 
 
 # --- mounts ------------------------------------------------------------------------------
@@ -227,8 +228,17 @@ def test_a_domain_that_cannot_be_written_to_is_refused(open_directory, part, bit
         os.chmod(os.path.join(root, name), bits if name == part else 0o777)
     with without_privileges():
         problems = refusal(ExportDomain, open_directory)
+        user = pwd.getpwuid(os.geteuid()).pw_name
     os.chmod(os.path.join(root, part), 0o755)
-    assert problems == ['export_domain: may not write to ' + os.path.join(root, part).rstrip('/')]
+    assert problems == ['export_domain: {} may not write to {}'.format(
+        user, os.path.join(root, part).rstrip('/'))]
+
+
+def test_the_directory_named_by_the_uuid_is_told_apart(tmp_path):
+    make_domain(tmp_path, parts=['dom_md'])
+    assert refusal(ExportDomain, str(tmp_path / DOMAIN)) == [
+        'export_domain: expected exactly one directory named by a UUID in it, found 0; give the'
+        ' directory above it']
 
 
 def test_a_domain_that_cannot_be_read_is_refused(open_directory):
@@ -258,6 +268,7 @@ def test_in_a_domain_that_went_away_nothing_is_new(tmp_path):
 
 USER = Identity('joe', 1000, 1000, '/home/joe')
 VDSM = Identity('vdsm', 36, 36, '/var/lib/vdsm')
+REQUEST = parse_request(json.dumps(valid_request()).encode())
 
 
 class Answer:
@@ -280,7 +291,7 @@ def host(tmp_path, monkeypatch):
         make_program(tmp_path / name)
     monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
     monkeypatch.delenv('XDG_STATE_HOME', raising=False)
-    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', lambda path: 7)
+    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', lambda subject, path: 7)
     return tmp_path
 
 
@@ -298,9 +309,6 @@ def make_program(directory, bits=0o755):
     (directory / 'virt-v2v').chmod(bits)
 
 
-REQUEST = parse_request(json.dumps(valid_request()).encode('utf-8'))
-
-
 def checked(host, identity=USER, libdir='vddk', directories=(None, None), problems=()):
     """Return the Host of a job on a host."""
     options = Options(*directories, str(host / libdir))
@@ -313,13 +321,13 @@ def test_the_launcher_is_told_what_is_looked_at(host):
     options = Options('/l', '/s', str(host / 'vddk'))
     check_host(REQUEST, options, USER, str(host / 'export'), (), answer)
     assert answer.told == [
-        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v',
-        '/l', '/s']
+        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v', '--log-dir /l',
+        '--state-dir /s']
 
 
 def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):
-    def refuse(path):
-        raise HostError((path, 'not ours'))
+    def refuse(subject, path):
+        raise HostError((subject, 'not ours'))
     monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', refuse)
     monkeypatch.setenv('PATH', '/nonexistent')
     problems = refusal(checked, host, USER, 'export', ('/d', '/d'), (('export_domain', 'wrong'),))
@@ -327,7 +335,7 @@ def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):
         'export_domain: wrong',
         '--vddk-libdir {}/export/lib64: No such file or directory'.format(host),
         'virt-v2v: not found on PATH',
-        '/d: not ours']
+        '--log-dir and --state-dir /d: not ours']
 
 
 @pytest.mark.parametrize('name', ['libvixDiskLib.so', 'libvixDiskLib.so.7', 'libvixDiskLib.so.8.0'])
@@ -372,6 +380,146 @@ def test_the_current_directory_is_not_searched(host, monkeypatch, path):
     assert refusal(checked, host) == ['virt-v2v: not found on PATH']
 
 
+# --- an engine ---------------------------------------------------------------------------
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """An engine, and a host that has what an upload needs."""
+    for name in ('python3', 'nbdkit'):
+        (tmp_path / name).write_text('#!/bin/sh\n')
+        (tmp_path / name).chmod(0o755)
+    with Engine(str(tmp_path), 'p\u00e4ss&word') as running:
+        monkeypatch.setenv('PATH', str(tmp_path))
+        yield running
+
+
+def looked_at(engine, **overrides):
+    """Look at the engine for a request that is valid but for the overrides."""
+    Upload(request_for(**dict(engine.keys, **overrides)))
+
+
+@pytest.mark.parametrize('overrides', [
+    {}, {'rhv_cluster': 'other'}, {'vm_name': 'taken', 'new_vm_name': 'vm'},
+    {'insecure_connection': True, 'rhv_cafile': '/nonexistent'}])
+def test_an_engine_that_has_all_is_accepted(engine, overrides):
+    looked_at(engine, **overrides)
+
+
+CLUSTER = 'not in data center dc, where the storage is; found: Default, other'
+
+
+@pytest.mark.parametrize('overrides, problem', [
+    ({'rhv_password': 'wrong'},
+     'rhv_password: the engine does not accept it: Cannot authenticate user admin@internal'),
+    ({'rhv_storage': 'x'}, 'rhv_storage: no data center has a storage domain of this name'),
+    ({'rhv_cluster': 'x'}, 'rhv_cluster: ' + CLUSTER),
+    ({'vm_name': 'taken'}, 'new_vm_name: the engine has a VM taken already'),
+    ({'new_vm_name': 'taken'}, 'new_vm_name: the engine has a VM taken already'),
+    ({'rhv_cafile': '/nonexistent'}, 'rhv_cafile: No such file or directory')])
+def test_what_an_engine_lacks_is_named(engine, overrides, problem):
+    assert refusal(functools.partial(looked_at, engine, **overrides)) == [problem]
+
+
+def test_another_server_is_no_engine(engine):
+    url = engine.keys['rhv_url'].replace('ovirt-engine', 'other')
+    assert refusal(functools.partial(looked_at, engine, rhv_url=url)) == [
+        'rhv_url: expected an oVirt engine there, got HTTP status 404']
+
+
+def test_a_server_that_is_not_there_is_named(engine):
+    url = re.sub(':[0-9]+/', ':1/', engine.keys['rhv_url'])
+    assert refusal(functools.partial(looked_at, engine, rhv_url=url)) == [
+        'rhv_url: [Errno 111] Connection refused']
+
+
+def test_a_server_that_is_not_trusted_is_refused(engine, tmp_path, monkeypatch):
+    (tmp_path / 'other').mkdir()
+    monkeypatch.undo()          # openssl is where PATH was
+    other, _ = make_certificate(str(tmp_path / 'other'))
+    monkeypatch.setenv('PATH', str(tmp_path))
+    problem, = refusal(functools.partial(looked_at, engine, rhv_cafile=other))
+    assert re.match('rhv_url: .*certificate verify failed', problem)
+
+
+@pytest.mark.parametrize('program, missing', [
+    ('python3', 'the Python module ovirtsdk4'), ('nbdkit', 'the Python plugin of nbdkit')])
+def test_what_a_host_lacks_for_an_upload_is_named(engine, tmp_path, program, missing):
+    (tmp_path / program).write_text('#!/bin/sh\nexit 1\n')
+    assert refusal(looked_at, engine) == ['this host: needs {} for an upload'.format(missing)]
+
+
+# --- drivers and host keys ---------------------------------------------------------------
+
+def request_for(**overrides):
+    """Return a Request that is valid but for the overrides."""
+    return parse_request(json.dumps(valid_request(**overrides)).encode('utf-8'))
+
+
+@pytest.mark.parametrize('name', ['x.iso', 'x'])
+def test_drivers_that_are_named_are_taken(tmp_path, name):
+    (tmp_path / 'x.iso').write_text('')
+    (tmp_path / 'x').mkdir()
+    path = str(tmp_path / name)
+    assert find_drivers(request_for(virtio_win=path)) == os.fsencode(path)
+
+
+def test_drivers_that_are_named_and_missing_are_a_problem(host):
+    path = str(host / '\u00fc.iso')
+    options = Options(None, None, str(host / 'vddk'))
+    assert refusal(check_host, request_for(virtio_win=path), options, USER, str(host / 'export'),
+                   (), Answer()) == ['virtio_win: No such file or directory']
+
+
+@pytest.mark.parametrize('names, best', [
+    (['virtio-win-1.iso', 'rhv-tools-1.iso', 'rhv-tools-2.iso'], 'rhv-tools-2.iso'),
+    (['oVirt-toolsSetup-4.iso', 'RHV-toolsSetup_4.4.iso'], 'RHV-toolsSetup_4.4.iso'),
+    (['virtio-win.iso', 'other.iso'], 'virtio-win.iso'),
+    (['other.iso'], None)])
+def test_the_best_drivers_are_looked_for(tmp_path, monkeypatch, names, best):
+    for name in names:
+        (tmp_path / name).write_text('')
+    monkeypatch.setattr(virt_v2v_wrapper, '_DRIVERS', [
+        str(tmp_path / os.path.basename(pattern)) for pattern in virt_v2v_wrapper._DRIVERS[:5]])
+    assert find_drivers(request_for(install_drivers=True)) == (
+        best and os.fsencode(str(tmp_path / best)))
+
+
+SSH_KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGrL2B4sOAsNmyHCc6JxF0Qjd3d9vPQ1P9E1b3nWZs3f'
+
+
+def ask_for(host_part, home):
+    """Check whether the key of the host of this URI is known to a user with that home."""
+    request = request_for(transport_method='ssh', vm_name='ssh://root@%s/vm.vmx' % host_part)
+    check_ssh('vm_name', request, None, USER._replace(home=str(home)))
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A home in which the keys of some hosts are known."""
+    if not shutil.which('ssh-keygen', path='/usr/bin:/bin'):
+        pytest.skip('needs ssh-keygen')
+    (tmp_path / '.ssh').mkdir()
+    (tmp_path / '.ssh' / 'known_hosts').write_text(''.join(
+        '%s %s\n' % (name, SSH_KEY) for name in ('esx.example', '[esx.example]:2222', '::1')))
+    return tmp_path
+
+
+@pytest.mark.parametrize('host_part', [
+    'esx.example', 'esx.example:22', 'esx.example:2222', '[::1]', '[::1]:22'])
+def test_a_host_whose_key_is_known_is_accepted(home, host_part):
+    ask_for(host_part, home)
+
+
+@pytest.mark.parametrize('host_part, name, port, host', [
+    ('other.example', 'other.example', 22, 'other.example'),
+    ('esx.example:23', '[esx.example]:23', 23, 'esx.example'),
+    ('[::2]:2222', '[::2]:2222', 2222, '::2')])
+def test_a_host_whose_key_is_not_known_is_refused(home, host_part, name, port, host):
+    assert refusal(ask_for, host_part, home) == [
+        'vm_name: the host key of {} is not known; have root check and add it: ssh-keyscan -p {} {}'
+        ' >> /etc/ssh/ssh_known_hosts'.format(name, port, host)]
+
+
 # --- who and where -----------------------------------------------------------------------
 
 VDSM_PLACES = ('/var/log/vdsm/import', '/run/vdsm/virt-v2v-wrapper')
@@ -405,7 +553,7 @@ def test_an_ordinary_user_stays_who_he_is():
 
 
 def test_a_directory_that_is_missing_is_made(tmp_path):
-    os.close(open_private_directory(str(tmp_path / 'a' / 'b')))
+    os.close(open_private_directory('--log-dir', str(tmp_path / 'a' / 'b')))
     assert mode(tmp_path / 'a' / 'b') == 0o755
 
 
@@ -413,7 +561,7 @@ def test_a_directory_that_is_missing_is_made(tmp_path):
 def test_a_directory_of_our_own_is_used_as_it_is(tmp_path, bits):
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd').chmod(bits)
-    fd = open_private_directory(str(tmp_path / 'd'))
+    fd = open_private_directory('--log-dir', str(tmp_path / 'd'))
     try:
         assert os.path.samestat(os.fstat(fd), os.stat(str(tmp_path / 'd')))
     finally:
@@ -425,25 +573,29 @@ def test_a_directory_of_our_own_is_used_as_it_is(tmp_path, bits):
 def test_a_directory_that_others_may_write_to_is_refused(tmp_path, bits):
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd').chmod(bits)
-    assert refusal(open_private_directory, str(tmp_path / 'd')) == [
-        '{}: {}'.format(tmp_path / 'd', NOT_OURS)]
+    assert refusal(open_private_directory, '--log-dir', str(tmp_path / 'd')) == [
+        '--log-dir: others may write to it (mode {:04o}), expected {} alone: chmod go-w {}'.format(
+            bits, pwd.getpwuid(os.geteuid()).pw_name, tmp_path / 'd')]
 
 
 def test_a_directory_of_somebody_else_is_refused():
     with without_privileges():
-        assert refusal(open_private_directory, '/') == ['/: ' + NOT_OURS]
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+        assert refusal(open_private_directory, '--log-dir', '/') == [
+            '--log-dir: belongs to root, expected a directory of {0}; one in it will do: install -d'
+            ' -o {0} -g {1} /virt-v2v-wrapper'.format(user, group)]
 
 
 def test_a_link_to_a_directory_is_refused(tmp_path):
     (tmp_path / 'link').symlink_to(str(tmp_path))
-    assert refusal(open_private_directory, str(tmp_path / 'link')) == [
-        '{}: Not a directory'.format(tmp_path / 'link')]
+    assert refusal(open_private_directory, '--log-dir', str(tmp_path / 'link')) == [
+        '--log-dir: Not a directory']
 
 
 def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
-    assert refusal(open_private_directory, str(tmp_path / 'file')) == [
-        '{}: File exists'.format(tmp_path / 'file')]
+    assert refusal(open_private_directory, '--log-dir', str(tmp_path / 'file')) == [
+        '--log-dir: File exists']
 
 
 def test_what_only_root_can_make_comes_with_the_command(open_directory):
@@ -451,7 +603,7 @@ def test_what_only_root_can_make_comes_with_the_command(open_directory):
     path = os.path.join(open_directory, "it's", 'new')
     with without_privileges():
         user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
-        problems = refusal(open_private_directory, path)
+        problems = refusal(open_private_directory, '--log-dir', path)
     assert problems == [
-        '{}: is missing, and may only be made by root: install -d -o {} -g {} {}'.format(
-            path, user, group, "'{}/it'\"'\"'s/new'".format(open_directory))]
+        '--log-dir: is missing, and may only be made by root: install -d -o {} -g {} {}'.format(
+            user, group, "'{}/it'\"'\"'s/new'".format(open_directory))]

@@ -54,7 +54,8 @@ def record(run, arguments):
         'session': os.getsid(0),
         'directory': os.getcwd(),
         'descriptors': open_descriptors(),
-        'password': password(arguments),
+        'secrets': secrets(arguments),
+        'agent': keys_in_agent(),
     }
     with open(run + '/record.new', 'w', encoding='utf-8') as stream:
         stream.write(repr(facts))
@@ -72,16 +73,29 @@ def open_descriptors():
     return found
 
 
-def password(arguments):
-    """Return the bytes of the password file as virt-v2v and nbdkit read it, or None.
+def secrets(arguments):
+    """Return {option, or device of --key: bytes of the file}, as virt-v2v and others read it.
 
     Each opens it anew, so the second reading has to give the same as the first.
     """
+    found = {}
     for option, value in zip(arguments, arguments[1:]):
-        if option in ('-ip', '--password-file'):
+        if option == '--key':
+            option, _, value = value.partition(':file:')
+        elif option not in ('-ip', '--password-file', '-op'):
+            value = ''
+        if value:
             first, second = read(value), read(value)
-            return first if first == second else None
-    return None
+            found[option] = first if first == second else None
+    return found
+
+
+def keys_in_agent():
+    """Return what ssh(1) would be told of the keys in its agent, None without one."""
+    if 'SSH_AUTH_SOCK' not in os.environ:
+        return None
+    with os.popen('/usr/bin/ssh-add -l') as stream:
+        return stream.read()
 
 
 def read(path):
