@@ -17,10 +17,10 @@ import pytest
 
 import hidden
 import rooms
-import ssh
+import openssh
 import sweep
 from blackbox import ABSENT
-from engine import Engine
+from loopback_engine import Engine
 from eventually import eventually
 from faults import absent, guardian, strace, tamper, without_interpreter
 from hidden import secret_descriptors
@@ -208,10 +208,10 @@ def for_a_disk(wrapper, needle):
 
 @contextlib.contextmanager
 def for_ssh(wrapper, needle):
-    prepare = ssh.provide(wrapper)
-    key, _ = ssh.make_key()
+    prepare = openssh.provide(wrapper)
+    key, _ = openssh.make_key()
     needle.text = key.splitlines()[2]
-    yield {'request': wrapper.request(ssh_key=key, **ssh.GUEST), 'prepare': prepare}
+    yield {'request': wrapper.request(ssh_key=key, **openssh.GUEST), 'prepare': prepare}
 
 
 # How a secret comes to the wrapper, and where virt-v2v finds it; test_ssh.py asks the agent.

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-import ssh
+import openssh
 from eventually import eventually
 from jobs import kill_wrapper
 from results import error_line
@@ -15,10 +15,10 @@ from virt_v2v import leave, reach, wait
 @pytest.fixture
 def start(wrapper):
     """A function that starts a job with a key, and returns it."""
-    prepare = ssh.provide(wrapper)
+    prepare = openssh.provide(wrapper)
 
     def start_with(key, **overrides):
-        return wrapper.start(wrapper.request(ssh_key=key, **dict(ssh.GUEST, **overrides)),
+        return wrapper.start(wrapper.request(ssh_key=key, **dict(openssh.GUEST, **overrides)),
                              prepare=prepare)
     return start_with
 
@@ -32,7 +32,7 @@ def agents(wrapper):
 @pytest.fixture
 def running(wrapper, start):
     """A job whose virt-v2v waits, and the fingerprint of its key."""
-    key, fingerprint = ssh.make_key()
+    key, fingerprint = openssh.make_key()
     wrapper.virt_v2v.play(reach('running'), wait('end'), leave(0))
     job = start(key)
     assert (job.status, job.stderr) == (0, b'')
@@ -67,7 +67,7 @@ def test_an_agent_that_dies_ends_no_job(wrapper, running):
 
 
 def test_a_key_with_a_passphrase_is_refused(wrapper, start):
-    key, _ = ssh.make_key('secret')
+    key, _ = openssh.make_key('secret')
     job = start(key)
     assert (job.status, job.stdout) == (1, b'')
     assert job.stderr == error_line('ssh_key: expected a key that needs no passphrase')
@@ -75,7 +75,7 @@ def test_a_key_with_a_passphrase_is_refused(wrapper, start):
 
 
 def test_a_damaged_key_is_refused(wrapper, start):
-    key, _ = ssh.make_key()
+    key, _ = openssh.make_key()
     job = start(re.sub('\n.{10}', '\n', key, 1))
     assert (job.status, job.stdout) == (1, b'')
     # OpenSSH says what is wrong, each version in its own words.
@@ -85,14 +85,14 @@ def test_a_damaged_key_is_refused(wrapper, start):
 
 def test_a_host_without_an_agent_is_named(wrapper, start):
     os.unlink(os.path.join(wrapper.virt_v2v.bin, 'ssh-agent'))
-    job = start(ssh.make_key()[0])
+    job = start(openssh.make_key()[0])
     assert (job.status, job.stderr) == (1, error_line('ssh-agent: No such file or directory'))
     wrapper.wait_gone()
 
 
 def test_a_host_whose_key_is_not_known_is_refused(wrapper):
-    prepare = ssh.provide(wrapper, host='other.example.com')
-    job = wrapper.start(wrapper.request(**ssh.GUEST), prepare=prepare)
+    prepare = openssh.provide(wrapper, host='other.example.com')
+    job = wrapper.start(wrapper.request(**openssh.GUEST), prepare=prepare)
     assert (job.status, job.stderr) == (1, error_line(
         'vm_name: the host key of esx.example.com is not known; have root check and add it:'
         ' ssh-keyscan -p 22 esx.example.com >> /etc/ssh/ssh_known_hosts'))
@@ -100,7 +100,7 @@ def test_a_host_whose_key_is_not_known_is_refused(wrapper):
 
 def test_without_a_key_the_callers_agent_is_used(wrapper):
     wrapper.virt_v2v.play()
-    job = wrapper.start(wrapper.request(**ssh.GUEST), prepare=ssh.provide(wrapper),
+    job = wrapper.start(wrapper.request(**openssh.GUEST), prepare=openssh.provide(wrapper),
                         environment={'SSH_AUTH_SOCK': '/nonexistent/agent'})
     job.wait_finished()
     assert wrapper.recorded().environment[b'SSH_AUTH_SOCK'] == b'/nonexistent/agent'

@@ -14,7 +14,7 @@ import pytest
 
 import virt_v2v_wrapper
 from blackbox import valid_request
-from engine import Engine, make_certificate
+from loopback_engine import Engine, make_certificate
 from results import mode, refusal
 from virt_v2v_wrapper import (
     ExportDomain, HostError, Identity, Options, Upload, check_host, check_ssh, find_drivers,
