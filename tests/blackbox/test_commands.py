@@ -12,7 +12,7 @@ import blackbox
 from commands import PaperJob, command
 from eventually import eventually
 from faults import guardian, tamper
-from jobs import is_running, kill_wrapper, wait_ended
+from jobs import is_running, kill_monitor, kill_wrapper, wait_ended
 from virt_v2v import DISKS, bar, copying, error, leave, phase, reach, source, wait
 
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -356,10 +356,7 @@ def test_a_process_that_is_not_the_job_s_is_never_signalled(wrapper, stranger, p
 
 def test_cancel_waits_for_a_guardian_that_ends_the_job(wrapper):
     job = wrapper.start_waiting()
-    process, monitor = guardian(job), job.state()['wrapper_pid']
-    os.kill(process, signal.SIGSTOP)
-    os.kill(monitor, signal.SIGKILL)
-    wait_ended(monitor)
+    process = kill_monitor(job)
     cancelling = wrapper.popen(*(wrapper.arguments + ['--cancel', job.paths.state_file]))
     assert job.is_alive()
     os.kill(process, signal.SIGCONT)

@@ -13,7 +13,7 @@ import pytest
 from blackbox import become
 from eventually import eventually
 from faults import guardian, strace
-from jobs import is_running, kill_wrapper, wait_ended
+from jobs import is_running, kill_monitor, kill_wrapper, wait_ended
 from virt_v2v import (
     DISKS, bar, copying, daemon, error, ignore, leave, phase, reach, source, wait)
 
@@ -66,10 +66,7 @@ def test_a_job_without_its_guardian_is_alive(wrapper):
 
 def test_a_job_that_waits_for_its_guardian_to_end_it_is_alive(wrapper):
     job = wrapper.start_waiting()
-    process, monitor = guardian(job), job.state()['wrapper_pid']
-    os.kill(process, signal.SIGSTOP)
-    os.kill(monitor, signal.SIGKILL)
-    wait_ended(monitor)
+    process = kill_monitor(job)
     locked = job.is_alive()
     os.kill(process, signal.SIGCONT)
     job.wait_finished()
