@@ -435,7 +435,7 @@ def test_a_server_that_is_not_there_is_named(engine):
 def test_a_server_that_is_not_trusted_is_refused(engine, tmp_path, monkeypatch):
     (tmp_path / 'other').mkdir()
     monkeypatch.undo()          # openssl is where PATH was
-    other, _ = make_certificate(str(tmp_path / 'other'))
+    other = make_certificate(str(tmp_path / 'other'))
     monkeypatch.setenv('PATH', str(tmp_path))
     problem, = refusal(functools.partial(looked_at, engine, rhv_cafile=other))
     assert re.match('rhv_url: .*certificate verify failed', problem)

@@ -1,4 +1,4 @@
-"""What the simulated servers have in common: HTTPS on loopback, at a port the kernel chooses."""
+"""What simulated servers have in common: HTTPS on loopback, at a port the kernel chooses."""
 
 import http.server
 import socketserver
