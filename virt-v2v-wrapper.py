@@ -800,12 +800,6 @@ _TABLE = tuple(_Row(*row) for row in (
      rb" *<(?:OperatingSystem)?Section ovf:id=['\"]" + _UUID + rb"['\"].*", 'vm_id', _uuid),
 ))
 
-_ROWS = {(messages, stage): [
-    row for row in _TABLE
-    if stage in row.stages and (_LINES if messages else _MESSAGES) not in row.stages
-    or not messages and _LEGACY in row.stages]
-         for messages in (True, False) for stage in _TRUSTED | {_GUEST, _OVER}}
-
 
 class Lines:
     """Joins chunks to whole lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
@@ -937,8 +931,12 @@ class Parser:
         return [event] if self._announced is not None else [Event('phase', clean(text)), event]
 
     def _begin(self, stage):
+        legacy = self._announced is None
         # What is understood now, and of that what may be in these lines.
-        self._rows = self._near = _ROWS[self._announced is not None, stage]
+        self._rows = self._near = [
+            row for row in _TABLE
+            if stage in row.stages and (_MESSAGES if legacy else _LINES) not in row.stages
+            or legacy and _LEGACY in row.stages]
 
     def _wrapped(self, name, text):
         """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
@@ -1140,8 +1138,10 @@ class Progress:
         over = not self._current and 0 < len(self._disks) == self._count
         for path in percents:
             state = {'path': path, 'progress': percents[path]}
-            state.update({'bytes': sizes[path]} if path in sizes else {})
-            state.update({'unknown': True} if over and path not in copied else {})
+            if path in sizes:
+                state['bytes'] = sizes[path]
+            if over and path not in copied:
+                state['unknown'] = True
             yield state
 
     def document(self, facts):
@@ -1203,7 +1203,8 @@ def finished_document(state, return_code, reason, stuck=(), left=(), complete=Fa
                           for disk in state['disks']]
     else:
         state['last_message'] = error_message(text)
-        state.update({'cancelled': True} if state['last_message']['code'] == 'cancelled' else {})
+        if state['last_message']['code'] == 'cancelled':
+            state['cancelled'] = True
         state['failed'] = True
     state['updated_at'] = state['finished_at'] = timestamp()
     state['finished'] = True
@@ -1251,11 +1252,6 @@ def _vddk_arguments(capability, request, libdir):
     return source + ['--vddk-libdir', libdir, '--vddk-thumbprint', request.vmware_fingerprint]
 
 
-def _ssh_arguments(*_):
-    """The guest is read from the files of an ESXi host, whose name is in that of the guest."""
-    return ['-i', 'vmx', '-it', 'ssh']
-
-
 def _output_of(capability, purpose, *names):
     """Return the first of the names of an output that this virt-v2v knows. Raises HostError."""
     for name in names:
@@ -1281,7 +1277,8 @@ def _upload_arguments(capability, request, _):
                 [] if request.insecure_connection else ['-oo', 'rhv-cafile=' + request.rhv_cafile])
 
 
-_SOURCE_ARGUMENTS = {'vddk': _vddk_arguments, 'ssh': _ssh_arguments}
+# By ssh the guest is read from files, whose host is in the guest's name.
+_SOURCE_ARGUMENTS = {'vddk': _vddk_arguments, 'ssh': lambda *_: ['-i', 'vmx', '-it', 'ssh']}
 _TARGET_ARGUMENTS = {'export_domain': _export_arguments, 'rhv_upload': _upload_arguments}
 
 
@@ -1570,12 +1567,6 @@ def ending_of(pid):
     return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
-def is_over(pid):
-    """Say whether `pid`, which may be None or no child of ours, is a child that has ended."""
-    with suppress(ChildProcessError):
-        return pid is not None and ending_of(pid) is not None
-
-
 def end_descendants(keep=None):
     """Kill all our descendants: what loses its parent comes to us, who are a subreaper.
 
@@ -1585,7 +1576,9 @@ def end_descendants(keep=None):
     give_up = time.monotonic() + END_PATIENCE
     while True:
         # Before the list is read: what a process leaves to us comes when it has ended.
-        ended = is_over(keep)
+        ended = False
+        with suppress(ChildProcessError):       # it is no child of ours, or not yet
+            ended = keep is not None and ending_of(keep) is not None
         # The kernel's list may miss some while others are reaped; but only we do that (proc(5)).
         with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
             living = [int(pid) for pid in stream.read().split()]
@@ -1798,38 +1791,43 @@ def export_directory(spec):
     return MOUNT_POINT
 
 
+@contextmanager
+def opened_directory(path, parent=None):
+    """Give a descriptor of directory `path`, which is no link, below descriptor `parent`."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def remove_images(root, images, vm_id):
     """Remove images, and what there is of VM `vm_id`, from the export domain at `root`.
 
     `images` are names below images/. What the OVF of any VM names is kept: that VM is complete. No
     link is followed. Returns what is left, as paths, and whether a VM has some of it.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    with ExitStack() as close:
-        parts = [os.open(os.path.join(root, part), flags) for part in ExportDomain.PARTS]
-        for fd in parts:
-            close.callback(os.close, fd)
+    paths = [os.path.join(root, part) for part in ExportDomain.PARTS]
+    with opened_directory(paths[0]) as image_fd, opened_directory(paths[1]) as vm_fd:
         used = b''
-        for name in os.listdir(parts[1]):
+        for name in os.listdir(vm_fd):
             with suppress(FileNotFoundError, NotADirectoryError), open(os.open(
-                    '{0}/{0}.ovf'.format(name), os.O_RDONLY, dir_fd=parts[1]), 'rb') as stream:
+                    '{0}/{0}.ovf'.format(name), os.O_RDONLY, dir_fd=vm_fd), 'rb') as stream:
                 used += stream.read().lower()
         free = [image for image in images if image.encode('ascii') not in used]
+        left = [os.path.join(paths[0], image) for image in free
+                if not _remove_directory(image, image_fd)]
         # Its metadata come last: they are no VM's as long as they name no image.
-        victims = [(0, image) for image in free]
-        victims += [(1, vm_id)] if vm_id and len(free) == len(images) else []
-        left = [os.path.join(root, ExportDomain.PARTS[part], name) for part, name in victims
-                if not _remove_directory(name, parts[part], flags)]
+        if vm_id and len(free) == len(images) and not _remove_directory(vm_id, vm_fd):
+            left.append(os.path.join(paths[1], vm_id))
     return left, len(free) < len(images)
 
 
-def _remove_directory(name, parent, flags):
+def _remove_directory(name, parent):
     """Remove a directory of files, and say if it is gone. A name that is no UUID leads nowhere."""
     try:
         if re.fullmatch(_UUID, name.encode('utf-8')):
-            fd = os.open(name, flags, dir_fd=parent)
-            with ExitStack() as close:
-                close.callback(os.close, fd)
+            with opened_directory(name, parent) as fd:
                 for entry in os.listdir(fd):
                     os.unlink(entry, dir_fd=fd)
             os.rmdir(name, dir_fd=parent)
@@ -1897,11 +1895,9 @@ class Engine:
     """The REST API of oVirt's engine, as the user of a Request. Its methods raise HostError."""
 
     def __init__(self, request):
-        import ssl              # all of this costs more than a start, and is for uploads only
+        import ssl          # what is imported here costs more than a start, and is for uploads only
         from urllib.parse import urlencode
-        from urllib.request import HTTPSHandler, Request as HttpRequest, build_opener
-        from xml.etree import ElementTree
-        self._encode, self._request, self._parse = urlencode, HttpRequest, ElementTree.fromstring
+        from urllib.request import HTTPSHandler, build_opener
         user, _, host = request.rhv_url[len('https://'):].rpartition('@')
         self._url = 'https://' + host
         with blaming('rhv_cafile'):
@@ -1910,34 +1906,32 @@ class Engine:
         if request.insecure_connection:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self._opener = build_opener(HTTPSHandler(context=context))
-        self._token = None
-        sso = '/'.join(self._url.split('/')[:4]) + '/sso/oauth/token'
-        status, answer = self._call('POST', sso, {
+        form = urlencode({
             'grant_type': 'password', 'scope': 'ovirt-app-api',
             'username': user or 'admin@internal', 'password': request.rhv_password.read()})
+        status, answer = self._send(
+            'POST', '/'.join(self._url.split('/')[:4]) + '/sso/oauth/token', form.encode('ascii'),
+            {'Accept': 'application/json'})
         try:
             answer = json.loads(answer.decode('utf-8'))
-            self._token = answer.get('access_token')
+            token = answer.get('access_token')
         except (ValueError, AttributeError):
             raise HostError(('rhv_url', 'expected an oVirt engine there, got HTTP status {}'.format(
                 status))) from None
-        if not self._token:
+        if not token:
             raise HostError(('rhv_password', 'the engine does not accept it: {}'.format(clean(str(
                 answer.get('error_description') or answer.get('error'))))))
+        self._headers = {'Accept': 'application/xml', 'Content-Type': 'application/xml',
+                         'Authorization': 'Bearer ' + token, 'Version': '4'}
 
-    def _call(self, method, url, form=None):
+    def _send(self, method, url, data, headers):
         """Return the HTTP status and the answer (bytes)."""
         from http.client import HTTPException
         from urllib.error import HTTPError
-        data = self._encode(form).encode('ascii') if form else None
-        headers = {'Accept': 'application/json'}
-        if self._token:
-            data = b'<action/>' if method == 'POST' else None
-            headers = {'Accept': 'application/xml', 'Content-Type': 'application/xml',
-                       'Authorization': 'Bearer ' + self._token, 'Version': '4'}
-        request = self._request(url, data=data, headers=headers, method=method)
+        from urllib.request import Request as HttpRequest
         try:
-            with self._opener.open(request, timeout=ENGINE_PATIENCE) as answer:
+            with self._opener.open(HttpRequest(url, data, headers, method=method),
+                                   timeout=ENGINE_PATIENCE) as answer:
                 return answer.getcode(), answer.read(MAX_ANSWER * 16)
         except HTTPError as error:
             return error.code, error.read(MAX_ANSWER)
@@ -1946,12 +1940,15 @@ class Engine:
 
     def do(self, method, path, **query):
         """Return the HTTP status for `path` below the API, and what is there as an XML element."""
-        query = '?' + self._encode(query) if query else ''
-        status, answer = self._call(method, '{}/{}{}'.format(self._url, path, query))
+        from urllib.parse import urlencode
+        from xml.etree import ElementTree
+        status, answer = self._send(
+            method, '{}/{}{}'.format(self._url, path, '?' + urlencode(query) if query else ''),
+            b'<action/>' if method == 'POST' else None, self._headers)
         try:
-            return status, self._parse(answer)
-        except SyntaxError:             # ParseError is one
-            return status, self._parse('<none/>')
+            return status, ElementTree.fromstring(answer)
+        except ElementTree.ParseError:
+            return status, ElementTree.Element('none')
 
     def names(self, path, **query):
         """Return {name: ID} of a collection."""
@@ -2007,10 +2004,7 @@ class Upload:
         virt-v2v does so itself unless it is killed, or told to stop while one of its scripts runs.
         Returns the IDs that are left, and whether the VM is there: then all belongs to that.
         """
-        made = state.get('upload', {})
-        if not made:
-            return [], False
-        engine = Engine(self._request)
+        engine, made = Engine(self._request), state['upload']
         if 'vm_id' in state and engine.do('GET', 'vms/' + state['vm_id'])[0] == 200:
             return [], True
         for transfer in made['transfers']:
@@ -2319,7 +2313,7 @@ def conclude(job, pid, read_on, document, reason):
     so far, and may raise OSError; `reason` says why the wrapper ended virt-v2v, None if it did not.
     """
     return_code, complain, give_up = None, 0.0, time.monotonic() + FINAL_WRITE_PATIENCE
-    cleaned = None
+    cleaned = ()
     while time.monotonic() < give_up:
         try:
             stuck = end_descendants(keep=pid)
@@ -2327,11 +2321,11 @@ def conclude(job, pid, read_on, document, reason):
             with suppress(ChildProcessError):
                 return_code = ending_of(pid)
             state = document()
-            if return_code != 0 and 'finished' not in state:
-                cleaned = cleaned or clean_up(job.host.target.clean_up, state)
             if 'finished' not in state:
-                job.state.write(finished_document(state, return_code, reason, stuck,
-                                                  *cleaned or ()), durable=True)
+                if return_code != 0:
+                    cleaned = cleaned or clean_up(job.host.target.clean_up, state)
+                job.state.write(finished_document(state, return_code, reason, stuck, *cleaned),
+                                durable=True)
             LOG.write('INFO', 'virt-v2v ended with {}', return_code)
             if stuck:
                 LOG.write('WARNING', 'could not be killed: {}', ', '.join(stuck))
