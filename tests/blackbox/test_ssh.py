@@ -76,7 +76,7 @@ def test_a_key_with_a_passphrase_is_refused(wrapper, start):
 
 def test_a_damaged_key_is_refused(wrapper, start):
     key, _ = openssh.make_key()
-    job = start(re.sub('\n.{10}', '\n', key, 1))
+    job = start(re.sub('\n.{10}', '\n', key, count=1))
     assert (job.status, job.stdout) == (1, b'')
     # OpenSSH says what is wrong, each version in its own words.
     assert re.fullmatch(error_line('ssh_key: cannot be used: [^\n]+').decode(), job.stderr.decode())
