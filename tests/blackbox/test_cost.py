@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import hidden
 import processes
 from eventually import eventually
 from faults import guardian
@@ -34,6 +35,7 @@ def asleep(process):
 
 
 def test_while_virt_v2v_is_silent_nothing_wakes_up_or_writes(wrapper):
+    hidden.allow_looking_into(wrapper)
     wrapper.virt_v2v.play(phase('Opening the source'), copying(1, 1), old_bar(44),
                           reach('silent'), wait('end'))
     job = wrapper.start()

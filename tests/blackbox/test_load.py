@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+import hidden
 import processes
 from faults import guardian
 from virt_v2v import DISKS, bar, copying, error, leave, phase, repeat, source, stdout, wait
@@ -86,6 +87,7 @@ def descriptors(process):
 
 
 def test_a_conversion_leaves_no_descriptor_open_meanwhile(wrapper):
+    hidden.allow_looking_into(wrapper)
     steps = [[wait(text), phase(text)] for text in ('one', 'two')]
     wrapper.virt_v2v.play(steps, CONVERSION, wait('end'))
     job = wrapper.start()
