@@ -29,6 +29,8 @@ Three processes, all of them this script:
     virt-v2v   -- output pipe  --> OutputLog, Lines -->\
                -- message pipe ------------> Lines --> Parser -> events -> Progress -> StateFile
 
+With --check, the guardian answers with what look_at_source() has found, and starts nothing.
+
 The launcher does what only root or the caller's own process can do, and waits with a limit: no file
 system that hangs can hang the caller. The guardian makes, before it forks the monitor, all that
 both need: lock, logs, pipes. Afterwards it touches no file while the monitor lives. Answer and
@@ -123,7 +125,8 @@ END_PATIENCE = 10.0         # for killed processes to go; one asleep on a dead s
 START_PATIENCE = 90.0       # for the guardian to answer: healthy hosts need a tenth of a second
 PROBE_PATIENCE = 30.0       # for virt-v2v to tell what it can do: it needs 0.05 s
 MOUNT_PATIENCE = 60.0
-ENGINE_PATIENCE = 10.0      # for an answer of oVirt's engine
+SERVER_PATIENCE = 10.0      # for an answer of oVirt's engine, or of VMware's server
+SOURCE_PATIENCE = 60.0      # for virt-v2v to tell what a guest has: it needs seconds
 CLEAN_PATIENCE = 50.0       # for what a failed job has made to be removed from its target
 PRINT_PATIENCE = 5.0        # for a caller that does not read what it asked for
 FINAL_WRITE_PATIENCE = 3600.0       # how long the final state waits for room on its file system
@@ -1030,12 +1033,12 @@ class Progress:
         """`listed` are the request's source_disks, a tuple."""
         self._listed = listed
         self._count = len(listed)
-        self._sources = []
+        self.sources = []           # paths of the guest's disks, in its order
         self._disks = []
         self._current = None        # the disk that is being copied
         self._phase = self._error = self._vm_id = None
         self._causes = OrderedDict()        # program: what it said
-        self._warnings = []
+        self.warnings = []
         # The values of these events: sizes in the order of the copies, and what virt-v2v made.
         self._found = {'size': [], 'image': [], 'upload_disk': [], 'upload_transfer': []}
 
@@ -1067,7 +1070,7 @@ class Progress:
 
     def _new_disk(self, number):
         taken = {disk.path for disk in self._disks}
-        source = self._sources[number - 1:number]
+        source = self.sources[number - 1:number]
         if source and source[0] not in taken:
             return Disk(number, source[0], sure=True)
         # virt-v2v does not tell: take the one of that number in the request, or make up a name.
@@ -1084,8 +1087,8 @@ class Progress:
 
     def source(self, path):
         """This is the next disk in the guest's order."""
-        if path not in self._sources:
-            self._sources.append(path)
+        if path not in self.sources:
+            self.sources.append(path)
 
     def opened(self, path):
         """The current disk is this one."""
@@ -1106,8 +1109,8 @@ class Progress:
 
     def warning(self, text):
         """virt-v2v warns."""
-        if text not in self._warnings and len(self._warnings) < MAX_WARNINGS:
-            self._warnings.append(text)
+        if text not in self.warnings and len(self.warnings) < MAX_WARNINGS:
+            self.warnings.append(text)
 
     def farewell(self, text):
         """virt-v2v has ended with these words, which it does not call an error."""
@@ -1121,6 +1124,13 @@ class Progress:
         """The new VM has this UUID."""
         self._vm_id = uuid
 
+    def message(self):
+        """Return the last_message of the state, None if there is no error."""
+        error = self._error
+        if error and self._causes and re.search('(?i)see (?:earlier|previous)', error):
+            error = '{} ({})'.format(error, '; '.join(self._causes.values()))
+        return error and error_message(error)
+
     def is_copying(self):
         """Say whether a disk is being copied."""
         return self._current is not None
@@ -1130,8 +1140,8 @@ class Progress:
         percents.update((disk.path, disk.percent) for disk in self._disks)
         # A size for each disk, in their order, or it is not certain whose they are.
         sizes, found = {}, self._found['size']
-        if len(found) == len(self._sources):
-            sizes.update(zip(self._sources, found))
+        if len(found) == len(self.sources):
+            sizes.update(zip(self.sources, found))
         sizes.update((disk.path, found[disk.number - 1]) for disk in self._disks
                      if disk.number <= len(found) <= self._count)
         copied = {disk.path for disk in self._disks}
@@ -1150,17 +1160,15 @@ class Progress:
         state['disks'] = list(self._disk_states())
         state['disk_count'] = self._count
         state['updated_at'] = timestamp()
-        error, found = self._error, self._found
+        found = self._found
         upload = {'disks': found['upload_disk'], 'transfers': found['upload_transfer']}
         missing = ['the guest has no disk ' + disk['path'] for disk in state['disks']
                    if 'unknown' in disk]
-        if error and self._causes and re.search('(?i)see (?:earlier|previous)', error):
-            error = '{} ({})'.format(error, '; '.join(self._causes.values()))
         state.update((key, value) for key, value in (
             ('phase', self._phase), ('vm_id', self._vm_id), ('images', found['image']),
             ('upload', any(upload.values()) and upload),
-            ('warnings', [text[:MAX_WARNING] for text in missing + self._warnings][:MAX_WARNINGS]),
-            ('last_message', error and error_message(error))) if value)
+            ('warnings', [text[:MAX_WARNING] for text in missing + self.warnings][:MAX_WARNINGS]),
+            ('last_message', self.message())) if value)
         return state
 
 
@@ -1450,16 +1458,18 @@ def can_be_read(stream, patience):
     return bool(poll.poll(None if patience is None else max(0, patience) * 1000))
 
 
-def run_program(subject, argv, environment, patience, stderr, stdin=subprocess.DEVNULL):
+def run_program(subject, argv, environment, patience, stderr, stdin=subprocess.DEVNULL,
+                pass_fds=()):
     """Run a program that ends by itself; return its status and what it printed (bytes).
 
-    `stderr` and `stdin` are as for Popen. Raises HostError about `subject`, also if it takes more
+    The last three are as for Popen. Raises HostError about `subject`, also if it takes more
     than `patience` seconds or prints more than MAX_ANSWER bytes; then it is killed, and all that it
     started.
     """
     with blaming(subject):
         child = subprocess.Popen(argv, env=environment, stdin=stdin, stderr=stderr,
-                                 stdout=subprocess.PIPE, start_new_session=True)
+                                 stdout=subprocess.PIPE, pass_fds=pass_fds,
+                                 start_new_session=True)
     give_up = time.monotonic() + patience
     output, piece = b'', None
     try:
@@ -1600,8 +1610,8 @@ def end_descendants(keep=None):
 
 # --- Places: who we are, which directories, which export domain
 
-# The directories that the caller chose, None if not given.
-Options = namedtuple('Options', 'log_dir state_dir vddk_libdir')
+# The directories that the caller chose, None if not given; whether nothing is to be started.
+Options = namedtuple('Options', 'log_dir state_dir vddk_libdir check')
 # What check_host has found: `target` is an ExportDomain or Upload, `libdir` that of the VDDK or
 # None, `virt_v2v` a path (bytes), the directories are (path, descriptor), `drivers` a path (bytes)
 # or None.
@@ -1692,14 +1702,23 @@ def _command_for(path):
         user_name(os.geteuid()), group, quoted(as_text(path)))
 
 
-def open_private_directory(subject, path):
+def open_private_directory(subject, path, make=True):
     """Make directory `path` if it is missing; return a descriptor of it.
 
-    Raises HostError about `subject` if it is not ours alone to write to: whoever can rename what is
-    in it could have us write to any file of ours.
+    It is None if it is missing, is not to be made, and could be. Raises HostError about `subject`
+    if it is not ours alone to write to: whoever can rename what is in it could have us write to any
+    file of ours.
     """
+    there = path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
     try:
-        os.makedirs(path, mode=0o755, exist_ok=True)
+        if make:
+            os.makedirs(path, mode=0o755, exist_ok=True)
+        elif there != path:
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError
+            return None
     except PermissionError:
         raise HostError((subject, 'is missing, and may only be made by root: '
                                   + _command_for(path))) from None
@@ -1876,6 +1895,12 @@ class ExportDomain:
                 contents.update(os.path.join(part, name) for name in os.listdir(part))
         return contents
 
+    def free(self):
+        """Return how many bytes it has room for. Raises HostError."""
+        with blaming('export_domain'):
+            status = os.statvfs(self.root)
+        return status.f_bavail * status.f_frsize
+
     def new(self):
         """Return the paths of images and VMs that were not there at first, sorted."""
         return sorted(self._contents() - self._before)
@@ -1931,7 +1956,7 @@ class Engine:
         from urllib.request import Request as HttpRequest
         try:
             with self._opener.open(HttpRequest(url, data, headers, method=method),
-                                   timeout=ENGINE_PATIENCE) as answer:
+                                   timeout=SERVER_PATIENCE) as answer:
                 return answer.getcode(), answer.read(MAX_ANSWER * 16)
         except HTTPError as error:
             return error.code, error.read(MAX_ANSWER)
@@ -1994,6 +2019,12 @@ class Upload:
         return {'type': 'rhv_upload', 'url': self._request.rhv_url,
                 'cluster': self._request.rhv_cluster, 'storage': self._request.rhv_storage}
 
+    def free(self):
+        """Return how many bytes the storage domain has room for. Raises HostError."""
+        _, found = Engine(self._request).do(
+            'GET', 'storagedomains', search='name=' + self._request.rhv_storage)
+        return int(found.findtext('*/available') or 0)
+
     def new(self):
         """The state names all that can be left."""
         return []
@@ -2016,6 +2047,40 @@ class Upload:
                     or engine.do('GET', 'disks/' + disk)[0] != 404]
             time.sleep(1 if left else 0)
         return left, False
+
+
+def reach_vmware(request):
+    """Return what is wrong with the server that the guest is read from, a list of problems.
+
+    virt-v2v tells neither before it copies. Raises HostError if the server does not answer.
+    """
+    import hashlib
+    import socket
+    import ssl
+    from urllib.parse import unquote, urlsplit
+    uri, problems = urlsplit(request.vmware_uri), []
+    port = uri.port or 443
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((uri.hostname, port), SERVER_PATIENCE) as connection:
+            with context.wrap_socket(connection) as secured:
+                certificate = secured.getpeercert(binary_form=True)
+    except OSError as error:
+        raise HostError(('vmware_uri', 'port {} of {} cannot be reached: {}'.format(
+            port, uri.hostname, clean(str(error))))) from None
+    kind = 'sha1' if len(request.vmware_fingerprint) == 59 else 'sha256'
+    found = re.sub('(..)(?=.)', r'\1:', hashlib.new(kind, certificate).hexdigest().upper())
+    if found != request.vmware_fingerprint:
+        problems.append(('vmware_fingerprint', 'the server has ' + found))
+    # A vCenter only knows the disks; the host that has them is the last part of the path.
+    host = unquote(uri.path.rpartition('/')[2]) if uri.scheme == 'vpx' else uri.hostname
+    try:
+        socket.create_connection((host, 902), SERVER_PATIENCE).close()
+    except OSError as error:
+        problems.append(('vmware_uri', 'port 902 of {}, where disks are read, cannot be reached:'
+                                       ' {}'.format(host, clean(str(error)))))
+    return problems
 
 
 def check_vddk(subject, _, libdir, __):
@@ -2073,7 +2138,9 @@ def find_drivers(request):
 
 
 # What is looked at on the guest's side and on the other, and how; what they find goes into Host.
-SOURCES = {'vddk': ('--vddk-libdir {}', check_vddk), 'ssh': ('vm_name', check_ssh)}
+# The last of the first are for --check, beside what virt-v2v says.
+SOURCES = {'vddk': ('--vddk-libdir {}', check_vddk, reach_vmware),
+           'ssh': ('vm_name', check_ssh, lambda _: [])}
 TARGETS = {'export_domain': ('export_domain', lambda _, directory: ExportDomain(directory)),
            'rhv_upload': ('rhv_url', lambda request, _: Upload(request))}
 
@@ -2102,11 +2169,25 @@ def open_to_read(name, directory_fd):
     raise OSError(errno.EINVAL, 'is not a file of ours')
 
 
+def is_locked(path):
+    """Say whether lock file `path` is locked, by a job that is alive."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            # Shared, for a moment: at worst a start takes a dead job for a living one.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
+    except OSError as error:            # who cannot look does not say that it is dead
+        return error.errno not in (errno.ENOENT, errno.ELOOP)
+    return False
+
+
 class StateFile:
     """The state file of a job, replaced as a whole, and its lock file beside it.
 
     A job is alive as long as its lock is locked, by a descriptor that guardian and monitor share.
-    The lock file holds the path of the job's temporary directory.
+    The lock file holds the path of the job's temporary directory, and a line that says which guest.
     """
 
     def __init__(self, directory, fd, stem):
@@ -2115,21 +2196,21 @@ class StateFile:
         self._name, self._lock_name = stem + '.state', stem + '.lock'
         # Nobody else has this name, so a file that a killed process left there can be removed.
         self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
-        self._lock = self._scratch = None
+        self._lock = self._held = None
 
     @property
     def path(self):
         """Where it is."""
         return os.path.join(self.directory, self._name)
 
-    def claim(self, scratch):
-        """Claim the name for a new job with temporary directory `scratch` (bytes), and lock it.
+    def claim(self, held):
+        """Claim the name for a new job, and lock it; `held` (bytes) is what the lock file holds.
 
         Raises FileExistsError if it is taken; OSError.
         """
-        self._scratch = scratch
+        self._held = held
         try:
-            self._create_temporary(scratch, durable=False)
+            self._create_temporary(held, durable=False)
             # Open for reading, so that the file system can still be made read-only.
             self._lock = open_to_read(self._temporary, self.fd)
             # Before it has its name, so that nobody ever sees the lock of a living job unlocked.
@@ -2152,7 +2233,22 @@ class StateFile:
         except FileNotFoundError:
             return b''
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.read(self._lock, MAX_TEXT)
+        return os.read(self._lock, MAX_TEXT).partition(b'\n')[0]
+
+    def twin(self):
+        """Return the path of the state file of another job of this guest that runs, or None."""
+        for name in os.listdir(self.fd):
+            stem, ending = os.path.splitext(name)
+            other = StateFile(self.directory, self.fd, stem)
+            if ending != '.lock' or stem == self.stem:
+                continue
+            with suppress(OSError), open(open_to_read(name, self.fd), 'rb') as stream:
+                guest = stream.read(MAX_ANSWER).partition(b'\n')[2]
+                if (guest == self._held.partition(b'\n')[2]
+                        and is_locked(os.path.join(self.directory, name))
+                        and 'finished' not in (other.read() or ())):
+                    return other.path
+        return None
 
     def release(self):
         """Remove the lock file: the job is over. Raises OSError."""
@@ -2211,7 +2307,7 @@ class StateFile:
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         with suppress(FileExistsError):
-            self.claim(self._scratch)
+            self.claim(self._held)
 
     def discard(self):
         """Remove state file and lock, of a job that nobody was told of. Raises OSError."""
@@ -2298,7 +2394,7 @@ def clean_up(remove, state):
     pid = fork(child)
     os.close(answer.writer)
     try:
-        return answer.receive(time.monotonic() + CLEAN_PATIENCE + ENGINE_PATIENCE) or (made, False)
+        return answer.receive(time.monotonic() + CLEAN_PATIENCE + SERVER_PATIENCE) or (made, False)
     except TimeoutError:
         return made, False
     finally:
@@ -2588,7 +2684,8 @@ class Conversion:
 def guard(request, options, identity, directory, problems, answer):
     """Be the guardian. Answers with the paths, or with problems. Returns an exit status.
 
-    `directory` is the export domain, None where finding it ended with `problems`.
+    `directory` is the export domain, None where finding it ended with `problems`. For --check it
+    answers with what it has found, and starts nothing.
     """
     os.setsid()
     os.chdir('/')
@@ -2603,10 +2700,12 @@ def guard(request, options, identity, directory, problems, answer):
         with ExitStack() as undo:
             with interruptible():
                 host = check_host(request, options, identity, directory, problems, answer)
-                job = prepare(undo, request, identity, host, answer)
+                job = prepare(undo, request, options, identity, host, answer)
+                if options.check:
+                    answer.send(look_at_source(job, answer))
+                    return 0
             with blaming('fork'):
                 monitor_pid = fork(lambda: monitor(job, report, answer))
-            undo.callback(end_descendants)
             os.close(report.writer)
             close_secrets(request)
             facts = Facts(**expect_success(report.receive()))
@@ -2653,7 +2752,7 @@ def check_host(request, options, identity, directory, problems, answer):
         with looking_at(subject):
             found.append(check(request, directory))
     libdir, drivers = options.vddk_libdir or VDDK_LIBDIR, None
-    subject, check = SOURCES[request.transport_method]
+    subject, check, _ = SOURCES[request.transport_method]
     subject = subject.format(as_text(libdir))
     with looking_at(subject):
         found.append(check(subject, request, libdir, identity))
@@ -2668,15 +2767,15 @@ def check_host(request, options, identity, directory, problems, answer):
                  if other == path]
         subject = '{} {}'.format(' and '.join(named), as_text(path))
         with looking_at(subject):
-            opened[path] = open_private_directory(subject, path)
+            opened[path] = open_private_directory(subject, path, make=not options.check)
     found += [(path, opened.get(path)) for path in paths]
     if problems:
         raise HostError(*problems)
     return Host(*found, drivers=drivers)
 
 
-def prepare(undo, request, identity, host, answer):
-    """Make the files, and ask virt-v2v what it can do. Returns a Job.
+def prepare(undo, request, options, identity, host, answer):
+    """Make the files, and ask virt-v2v what it can do. Returns a Job; for --check it has no files.
 
     What is made is unmade by `undo`, an ExitStack. Raises HostError.
     """
@@ -2686,7 +2785,15 @@ def prepare(undo, request, identity, host, answer):
         os.mkdir(scratch, 0o700)
     scratch = os.fsencode(scratch)
     undo.callback(remove_tree, scratch)
-    state, logs, paths = create_files(undo, scratch, host)
+    undo.callback(end_descendants)
+    state, logs, paths, cache = None, (None, None), None, scratch
+    if not options.check:
+        guest = '{} {}'.format(request.vmware_uri, request.vm_name)
+        held = scratch + b'\n' + guest.encode('utf-8')
+        state, logs, paths = create_files(undo, held, host)
+        twin, cache = state.twin(), cache_directory(scratch)
+        if twin:
+            raise HostError(('vm_name', 'a job of this guest is running: ' + as_text(twin)))
     LOG.fd = logs[0]
     LOG.write('INFO', '{} {}, Python {}, as user {}, temporary files in {}', PROGRAM, VERSION,
               sys.version.split()[0], identity.name, os.fsdecode(scratch))
@@ -2694,8 +2801,7 @@ def prepare(undo, request, identity, host, answer):
     if request.ignored:
         LOG.write('WARNING', 'ignored keys of the request: {}', ', '.join(request.ignored))
     answer.send('virt-v2v')
-    environment = make_environment(os.environb, request, identity, host.drivers, scratch,
-                                   cache_directory(scratch))
+    environment = make_environment(os.environb, request, identity, host.drivers, scratch, cache)
 
     def ask(option):
         status, output = run_program(
@@ -2714,8 +2820,8 @@ def prepare(undo, request, identity, host, answer):
                output_log=OutputLog(logs[1]), state=state, paths=paths)
 
 
-def create_files(undo, scratch, host):
-    """Create both logs and the lock under a name that no other job has.
+def create_files(undo, held, host):
+    """Create both logs and the lock, which holds `held`, under a name that no other job has.
 
     Returns the StateFile, the descriptors of both logs, and the paths as the caller is told them.
     Raises HostError.
@@ -2726,7 +2832,7 @@ def create_files(undo, scratch, host):
         state, logs = StateFile(state_dir, state_fd, name), (name + '-wrapper.log', name + '.log')
         with ExitStack() as made, blaming('logs and state file'):
             try:
-                state.claim(scratch)
+                state.claim(held)
                 made.callback(state.release)
                 descriptors = []
                 for log in logs:
@@ -2740,6 +2846,48 @@ def create_files(undo, scratch, host):
         keys = ('wrapper_log', 'v2v_log', 'state_file')
         return state, descriptors, dict(zip(keys, map(as_text, paths)))
     raise HostError((log_dir, 'all names for a job are taken'))
+
+
+def look_at_source(job, answer):
+    """Look at what would be converted, without starting that. Returns what --check tells, a dict.
+
+    Raises HostError with all that is wrong.
+    """
+    request = job.request
+    answer.send('vmware_uri')
+    problems = SOURCES[request.transport_method][2](request)
+    answer.send('virt-v2v --print-source')
+    if request.ssh_key:
+        start_agent(request.ssh_key, job.environment)
+    with open(os.path.join(job.scratch, b'output'), 'w+b') as output:
+        status, text = run_program(
+            'virt-v2v', [job.host.virt_v2v, b'--print-source'] + job.arguments, job.environment,
+            SOURCE_PATIENCE, stderr=output,
+            pass_fds=[job.messages.writer] + [secret.fd for secret in secrets_of(request)])
+        output.seek(0)
+        parser, progress = Parser(job.capability.messages), Progress(request.source_disks)
+        for event in (parser.messages(job.messages.read()) + parser.output(output.read())
+                      + parser.end()):
+            progress.apply(event)
+    if status != 0:
+        said = progress.message() or error_message('virt-v2v ended with status {}'.format(status))
+        problems.append(('source', '{}. {}'.format(
+            said['message'].rstrip('.'), said.get('hint', '')).rstrip()))
+    problems += [('source_disks', 'the guest has no disk {}, but {}'.format(
+        path, ', '.join(progress.sources))) for path in request.source_disks
+                 if progress.sources and path not in progress.sources]
+    if problems:
+        raise HostError(*problems)
+    # Bridge "VM Network" mac: 00:50:56:82:03:01 [vmxnet3]
+    nics = re.findall(r'(?m)^\t(?:Bridge|Network) "(.*)"(?: mac: ([0-9A-Fa-f:]{17}))?',
+                      text.decode('utf-8', 'replace'))
+    goes_to = {mac or source: destination
+               for source, destination, mac in request.network_mappings}
+    return dict(
+        vm_name=request.vm_name, disks=progress.sources, warnings=progress.warnings,
+        networks=[dict(source=source, mac_address=mac, destination=goes_to.get(
+            mac.lower()) or goes_to.get(source) or 'ovirtmgmt') for source, mac in nics],
+        target=job.host.target.document(), free_bytes=job.host.target.free())
 
 
 def end_for_monitor(job, facts, status):
@@ -2761,7 +2909,7 @@ def end_for_monitor(job, facts, status):
 # --- Launcher: what only root, or only the caller's own process, can do
 
 def launch(request, options):
-    """Start the job. Returns what the caller is told, a dict, and the guardian's process ID.
+    """Start the job, or check it. Returns what the caller is told, and the guardian's process ID.
 
     Raises WrapperError; then nothing is left of the job.
     """
@@ -2819,20 +2967,6 @@ def say(text):
     """Print text for people, who may take their time to read it. Raises HostError."""
     with blaming('standard output'):
         write_all(1, text.encode('utf-8', 'replace') + b'\n')
-
-
-def is_locked(path):
-    """Say whether lock file `path` is locked, by a job that is alive."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            # Shared, for a moment: at worst a start takes a dead job for a living one.
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        finally:
-            os.close(fd)
-    except OSError as error:            # who cannot look does not say that it is dead
-        return error.errno not in (errno.ENOENT, errno.ELOOP)
-    return False
 
 
 def measure(state):
@@ -2922,6 +3056,19 @@ def columns(text):
 def fit(text, width):
     """Return `text` cut or filled to `width` columns."""
     return columns(text)[:width].ljust(width).replace('\0', '')
+
+
+def show_check(found):
+    """Print what --check has found."""
+    rows = [('guest', found['vm_name'])] + [('disk', path) for path in found['disks']] + [
+        ('network', '{source} {mac_address} goes to {destination}'.format(**network))
+        for network in found['networks']] + [
+        ('target', '{}, {:.1f} GiB free'.format(', '.join(
+            found['target'].values()), found['free_bytes'] / (1 << 30)))] + [
+        ('warning', text) for text in found['warnings']] + [
+        ('ignored', key) for key in found.get('ignored_keys', ())]
+    for name, text in rows:
+        say('{:9} {}'.format(name + ':', _UNPRINTABLE.sub('?', text)))
 
 
 def list_jobs(rows, as_json):
@@ -3105,7 +3252,7 @@ def parse_arguments(arguments):
     Raises WrapperError; --help and --version exit.
     """
     if not arguments:
-        return Options(None, None, None), {}
+        return Options(None, None, None, False), {}
     import argparse         # costs a tenth of a start, and few have arguments
     import textwrap
 
@@ -3135,16 +3282,18 @@ def parse_arguments(arguments):
         parser.add_argument('--' + option, metavar='DIR', type=directory,
                             help='directory ' + purpose)
     commands = parser.add_mutually_exclusive_group()
+    commands.add_argument('--check', action='store_true', help='start nothing, but check all, and'
+                          ' show what would be converted')
     commands.add_argument('--wait', action='store_true', help='start, and stay until the end;'
                           ' TERM, INT or HUP cancels the job')
     commands.add_argument('--list', action='store_true', help='list the jobs of this user')
     commands.add_argument('--watch', metavar='STATE', nargs='*', help='follow jobs until all have'
                           ' ended; without STATE, those of this user that are running')
     commands.add_argument('--cancel', metavar='STATE', nargs='+', help='end these jobs')
-    parser.add_argument('--json', action='store_true', help='with --list: as JSON')
+    parser.add_argument('--json', action='store_true', help='with --check or --list: as JSON')
     asked = vars(parser.parse_args(arguments))
-    if asked['json'] and not asked['list']:
-        raise RequestError(('usage', '--json goes with --list; see --help'))
+    if asked['json'] and not asked['list'] and not asked['check']:
+        raise RequestError(('usage', '--json goes with --check or --list; see --help'))
     return Options(*map(asked.pop, Options._fields)), asked
 
 
@@ -3168,15 +3317,18 @@ def main(arguments=None):
         options, asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         if asked.get('list') or asked.get('cancel') or asked.get('watch') is not None:
             return look_after_jobs(options, asked)
-        paths, guardian_pid = launch(read_request(0), options)
+        told, guardian_pid = launch(read_request(0), options)
+        if options.check:
+            say(json.dumps(told)) if asked['json'] else show_check(told)
+            return EXIT_STARTED
         try:
-            print_line(1, json.dumps(paths))
+            print_line(1, json.dumps(told))
         except OSError as error:
             end_guardian(guardian_pid, STOP_GRACE + END_PATIENCE)
             raise HostError(('standard output', os_text(error)),
                             ('standard output', 'the conversion was stopped')) from None
         if asked.get('wait'):
-            return wait_for_end(paths['state_file'], guardian_pid, ignored)
+            return wait_for_end(told['state_file'], guardian_pid, ignored)
         return EXIT_STARTED
     except Exception as error:
         status = getattr(error, 'status', EXIT_HOST)

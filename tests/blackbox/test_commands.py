@@ -397,7 +397,7 @@ def test_a_job_of_another_pid_namespace_is_refused(wrapper):
 # --- usage, and what a plain start pays for it -------------------------------------------
 
 @pytest.mark.parametrize('words, text', [
-    (['--json'], '--json goes with --list'),
+    (['--json'], '--json goes with --check or --list'),
     (['--list', '--wait'], 'argument --wait: not allowed with argument --list'),
     (['--cancel'], 'argument --cancel: expected at least one argument'),
     (['--list', 'x'], 'unrecognized arguments: x')])

@@ -393,10 +393,9 @@ def test_starts_of_the_same_name_do_not_collide(wrapper):
 
 def start_at_once(wrapper, count):
     """Start that many; return (status, stdout, stderr) of each."""
-    request = json.dumps(wrapper.request()).encode()
     starts = [wrapper.popen() for _ in range(count)]
     for process in starts:
-        process.stdin.write(request)
+        process.stdin.write(json.dumps(wrapper.request()).encode())
     results = []
     for process in starts:      # each of them reads only now to the end
         process.stdin.close()

@@ -168,8 +168,8 @@ def copies(modern):
 
 def facts(state):
     """Return what of a state does not differ between two runs."""
-    differs = ('pid', 'wrapper_pid', 'wrapper_log', 'v2v_log', 'started_at', 'updated_at',
-               'finished_at')
+    differs = ('pid', 'wrapper_pid', 'vm_name', 'wrapper_log', 'v2v_log', 'started_at',
+               'updated_at', 'finished_at')
     return {key: value for key, value in state.items() if key not in differs}
 
 

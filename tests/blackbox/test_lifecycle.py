@@ -6,7 +6,8 @@ import signal
 import pytest
 
 import processes
-from faults import absent, not_executable, without_interpreter
+from faults import absent, not_executable, tamper, without_interpreter
+from jobs import kill_wrapper
 from results import mode
 from virt_v2v import (
     DISKS, GENERATIONS, bar, copying, daemon, die, error, old_bar, phase, reach, source, wait)
@@ -237,6 +238,64 @@ def test_the_processes_of_root_s_job_are_vdsm_s(root_wrapper):
     root_wrapper.virt_v2v.let('end')
     job.wait_finished()
     assert owners == {str(root_wrapper.user.pw_uid)}
+
+
+# --- one job for a guest -----------------------------------------------------------------
+
+def test_a_second_start_of_a_guest_whose_job_runs_is_refused(wrapper):
+    request = wrapper.request()
+    job = wrapper.start_waiting(request=request)
+    before = wrapper.files()
+    second = wrapper.start(request)
+    after = wrapper.files()
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+    text = 'virt-v2v-wrapper: error: vm_name: a job of this guest is running: %s\n'
+    assert (second.status, second.stdout) == (1, b'')
+    assert second.stderr.decode() == text % job.paths.state_file
+    assert after == before
+
+
+@pytest.mark.parametrize('others', [
+    {'vm_name': 'VM'}, {'vmware_uri': 'esx://root@other.example.com'}])
+def test_other_guests_are_started_meanwhile(wrapper, others):
+    request = wrapper.request()
+    job = wrapper.start_waiting(request=request)
+    other = wrapper.start(dict(request, **others))
+    wrapper.virt_v2v.let('end')
+    assert [found.wait_finished()['return_code'] for found in (job, other)] == [0, 0]
+
+
+def test_a_guest_is_started_again_as_soon_as_it_has_finished(wrapper):
+    """The job may still be at work, and removes its temporary files."""
+    tamper(wrapper, REMOVE_SLOWLY.format(wrapper.home))
+    request = wrapper.request()
+    job = wrapper.start(request)
+    job.wait_finished()
+    assert job.is_alive()
+    again = wrapper.start(request)
+    open(os.path.join(wrapper.home, 'go'), 'w').close()
+    assert again.wait_finished()['return_code'] == 0
+
+
+REMOVE_SLOWLY = """
+def remove_tree(path, real=module.remove_tree):
+    while not os.path.exists('{0}/go'):
+        module.time.sleep(0.01)
+    real(path)
+
+
+module.remove_tree = remove_tree
+"""
+
+
+def test_a_guest_whose_job_is_dead_is_started_again(wrapper):
+    request = wrapper.request()
+    job = wrapper.start_waiting(request=request)
+    kill_wrapper(job)
+    wrapper.virt_v2v.play()
+    assert wrapper.start(request).wait_finished()['return_code'] == 0
+    job.wait_finished()
 
 
 # --- load --------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ class Wrapper:
         self.arguments = ['--log-dir', self.log_dir, '--state-dir', self.state_dir,
                           '--vddk-libdir', self.vddk_libdir]
         self.virt_v2v = None
+        self._requests = 0
         self._furnish()
 
     def _make(self, *names, mine=False):
@@ -204,8 +205,14 @@ class Wrapper:
         return path
 
     def request(self, **overrides):
-        """Return a request for this export domain, valid but for the overrides."""
-        return valid_request(**dict({'export_domain': self.export_domain}, **overrides))
+        """Return a request for this export domain, valid but for the overrides.
+
+        Each is for another guest: vm, vm-2, vm-3 ... A guest has one job at a time.
+        """
+        self._requests += 1
+        name = 'vm' if self._requests == 1 else 'vm-%d' % self._requests
+        return valid_request(**dict({'export_domain': self.export_domain, 'vm_name': name},
+                                    **overrides))
 
     def environment(self, **overrides):
         """Return the environment that the wrapper is started with; None takes one out."""

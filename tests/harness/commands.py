@@ -5,15 +5,15 @@ import os
 import time
 
 
-def command(wrapper, *words, **keywords):
+def command(wrapper, *words, request=None, **keywords):
     """Run a command with the wrapper's directories; return (status, stdout, stderr) as texts.
 
-    The keywords are those of Wrapper.popen.
+    The request is a dict; the keywords are those of Wrapper.popen.
     """
     process = wrapper.popen(*(wrapper.arguments + list(words)), **keywords)
     with process:
         try:
-            said = process.communicate(timeout=60)
+            said = process.communicate(request and json.dumps(request).encode(), timeout=60)
         except BaseException:
             process.kill()
             raise

@@ -22,6 +22,7 @@ FOUND = {
     'datacenters?search=storage.name=data': {'dc': 'dc-id'},
     'datacenters/dc-id/clusters': {'Default': 'id-1', 'other': 'id-2'},
     'vms?search=name="taken"': {'taken': 'vm-id'},
+    'storagedomains?search=name=data': {'data': 'storage-id'},
 }
 
 
@@ -47,7 +48,8 @@ class Handler(web.Handler):
             self.answer(401, 'application/xml', '<fault><reason>no token</reason></fault>')
         else:
             self.answer(200, 'application/xml', '<all>%s</all>' % ''.join(
-                '<one id="%s"><name>%s</name></one>' % (identity, found)
+                '<one id="%s"><name>%s</name><available>5368709120</available></one>'
+                % (identity, found)
                 for found, identity in sorted(FOUND.get(name, {}).items())))
 
 

@@ -1,6 +1,10 @@
 """What simulated servers have in common: HTTPS on loopback, at a port the kernel chooses."""
 
+import hashlib
 import http.server
+import re
+import secrets
+import socket
 import socketserver
 import ssl
 import threading
@@ -12,10 +16,10 @@ class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, certificate, handler, model):
+    def __init__(self, certificate, handler, model, address="127.0.0.1"):
         """Take the path of a PEM file with certificate and key, a `Handler`, and the object that
         it finds as self.server.model."""
-        super().__init__(("127.0.0.1", 0), handler)
+        super().__init__((address, 0), handler)
         self.model = model
         self.port = self.server_address[1]
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -36,6 +40,27 @@ class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def handle_error(self, request, client_address):
         """Say nothing: a killed virt-v2v tears its connection."""
+
+
+class VmwareServer(WebServer):
+    """A server of VMware, as far as its certificate and its ports go; needs root."""
+
+    def __init__(self, certificate, handler, model):
+        # An address of its own, because the port of the disks is always the same.
+        self.address = "127.%d.%d.%d" % tuple(1 + secrets.randbelow(250) for _ in range(3))
+        super().__init__(certificate, handler, model, self.address)
+        self.disks = socket.socket()
+        self.disks.bind((self.address, 902))
+        self.disks.listen(5)
+        self.thumbprint = thumbprint(certificate)
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.disks.close()
+
+    def uri(self):
+        """Return the libvirt URI of the server."""
+        return "esx://root@%s:%d?no_verify=1" % (self.address, self.port)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -60,3 +85,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(content)
+
+
+def thumbprint(certificate, kind="sha1"):
+    """Return the fingerprint of the PEM file's certificate, as VMware shows it."""
+    with open(certificate) as pem:
+        found = re.search("-----BEGIN CERT.*END CERTIFICATE-----", pem.read(), re.S)
+    digest = hashlib.new(kind, ssl.PEM_cert_to_DER_cert(found.group(0))).hexdigest().upper()
+    return ":".join(digest[i:i + 2] for i in range(0, len(digest), 2))

@@ -7,16 +7,14 @@ names it. What it knows of the machines is the list `EsxServer.guests`, which ma
 the server runs. Disks are not served here: that is VDDK's part.
 """
 
-import hashlib
 import re
-import ssl
 import time
 import urllib.parse
 
 from collections import namedtuple
 from xml.sax.saxutils import escape, unescape
 
-from web import Handler, WebServer
+from web import Handler, VmwareServer
 
 DATASTORE = "ds"
 
@@ -71,7 +69,7 @@ class Guest(namedtuple("Guest", "name id uuid disk_count networks")):
         return "00:50:56:82:%02x:%02x" % (int(self.id), number + 1)
 
 
-class EsxServer(WebServer):
+class EsxServer(VmwareServer):
     """The server. `guests` may change while it runs."""
 
     def __init__(self, certificate, password, guests):
@@ -80,19 +78,6 @@ class EsxServer(WebServer):
         super().__init__(certificate, _Handler, self)
         self.password = password
         self.guests = list(guests)
-        self.thumbprint = thumbprint(certificate)
-
-    def uri(self):
-        """Return the libvirt URI of the server."""
-        return "esx://root@127.0.0.1:%d?no_verify=1" % self.port
-
-
-def thumbprint(certificate):
-    """Return the SHA-1 fingerprint of the PEM file's certificate, as VDDK wants it."""
-    with open(certificate) as pem:
-        found = re.search("-----BEGIN CERT.*END CERTIFICATE-----", pem.read(), re.S)
-    digest = hashlib.sha1(ssl.PEM_cert_to_DER_cert(found.group(0))).hexdigest().upper()
-    return ":".join(digest[i:i + 2] for i in range(0, len(digest), 2))
 
 
 # Values of the properties, as XML with the type libvirt checks.

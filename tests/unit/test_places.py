@@ -291,7 +291,7 @@ def host(tmp_path, monkeypatch):
         make_program(tmp_path / name)
     monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
     monkeypatch.delenv('XDG_STATE_HOME', raising=False)
-    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', lambda subject, path: 7)
+    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', lambda subject, path, make: 7)
     return tmp_path
 
 
@@ -311,14 +311,14 @@ def make_program(directory, bits=0o755):
 
 def checked(host, identity=USER, libdir='vddk', directories=(None, None), problems=()):
     """Return the Host of a job on a host."""
-    options = Options(*directories, str(host / libdir))
+    options = Options(*directories, str(host / libdir), False)
     directory = None if problems else str(host / 'export')
     return check_host(REQUEST, options, identity, directory, problems, Answer())
 
 
 def test_the_launcher_is_told_what_is_looked_at(host):
     answer = Answer()
-    options = Options('/l', '/s', str(host / 'vddk'))
+    options = Options('/l', '/s', str(host / 'vddk'), False)
     check_host(REQUEST, options, USER, str(host / 'export'), (), answer)
     assert answer.told == [
         'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v', '--log-dir /l',
@@ -326,7 +326,7 @@ def test_the_launcher_is_told_what_is_looked_at(host):
 
 
 def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):
-    def refuse(subject, path):
+    def refuse(subject, path, make):
         raise HostError((subject, 'not ours'))
     monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', refuse)
     monkeypatch.setenv('PATH', '/nonexistent')
@@ -465,7 +465,7 @@ def test_drivers_that_are_named_are_taken(tmp_path, name):
 
 def test_drivers_that_are_named_and_missing_are_a_problem(host):
     path = str(host / '\u00fc.iso')
-    options = Options(None, None, str(host / 'vddk'))
+    options = Options(None, None, str(host / 'vddk'), False)
     assert refusal(check_host, request_for(virtio_win=path), options, USER, str(host / 'export'),
                    (), Answer()) == ['virtio_win: No such file or directory']
 
