@@ -18,7 +18,8 @@ def test_all_but_the_oldest_python_can_tell_what_is_valid():
     assert bool(VALIDATORS) == (sys.version_info >= (3, 7))
 
 
-@pytest.mark.parametrize('name', sorted(VALIDATORS))
+@pytest.mark.skipif(not VALIDATORS, reason='needs jsonschema 4')
+@pytest.mark.parametrize('name', ['request', 'state'])
 def test_a_schema_is_valid_itself(name):
     VALIDATORS[name].check_schema(schema(name))
 
