@@ -130,13 +130,6 @@ def test_it_returns_at_once_with_closed_descriptors(waiting, numbers):
 HOW = b'give the request on standard input: virt-v2v-wrapper.py < request.json\n'
 
 
-def test_a_request_as_argument_is_told_where_to_go(waiting):
-    process = waiting.popen('request.json')
-    assert process.communicate(timeout=60) == (
-        b'', b'virt-v2v-wrapper: error: usage: unrecognized arguments: request.json; ' + HOW)
-    assert process.returncode == 2
-
-
 def test_keys_that_mean_nothing_are_in_answer_and_log(wrapper):
     job = wrapper.start(wrapper.request(vmname='x', rhv_cafile='/x'))
     job.wait_finished()

@@ -327,31 +327,22 @@ VPX = 'vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server'
 
 
 @pytest.mark.parametrize('key, value, text', [
-    ('vmware_uri', 'vpx://administrator@vsphere.local@vc/DC/h', AT),
     ('vmware_uri', 'esx://a@b@c', AT),
     ('vmware_uri', 'esx://root@host ', BLANK),
     ('vmware_uri', 'esx://the root@host', BLANK),
-    ('vmware_uri', 'vpx://root@host/Data Center/h', BLANK),
-    ('vmware_uri', 'esx://DOMAIN\\user@host', 'a backslash has to be written %5C'),
-    ('vmware_uri', 'vpx://root@vc', VPX),
     ('vmware_uri', 'vpx://root@vc/', VPX),
     ('vmware_uri', 'vpx://root@vc/DC', VPX),
     ('vmware_uri', 'vpx://root@vc/DC/?no_verify=1', VPX),
-    ('vmware_uri', 'esx://root@h?no_verify=true', NO_VERIFY),
     ('vmware_uri', 'esx://root@h?no_verify=', NO_VERIFY),
     ('vmware_uri', 'vpx://root@vc/DC/h?a=b&no_verify=2', NO_VERIFY),
-    ('vmware_fingerprint', SHA1[:-3], PAIRS.format(19)),
     ('vmware_fingerprint', SHA1 + ':0A', PAIRS.format(21)),
     ('vmware_fingerprint', SHA256[:-3], PAIRS.format(31)),
     ('vmware_fingerprint', SHA256 + ':0A', PAIRS.format(33)),
     ('vmware_fingerprint', SHA256 + ':0A' * 12, PAIRS.format(44)),
-    ('vmware_fingerprint', 'SHA1 Fingerprint=' + SHA1,
-     'expected the pairs of hex digits alone, without "SHA1 Fingerprint="'),
     ('vmware_fingerprint', 'sha256 Fingerprint=' + SHA256,
      'expected the pairs of hex digits alone, without "sha256 Fingerprint="'),
-    ('export_domain', 'nfs://host/path', 'expected HOST:/PATH, without "nfs://"'),
 ])
-def test_a_usual_mistake_is_told_apart(key, value, text):
+def test_a_variant_of_a_usual_mistake_is_told_apart(key, value, text):
     assert problems({key: value}) == ['{}: {}'.format(key, text)]
 
 
@@ -469,11 +460,6 @@ def test_another_mandatory_key_has_to_be_there(base, key):
         '{}: missing, expected {}'.format(key, OTHERS[key])]
 
 
-def test_only_one_target_is_accepted():
-    assert problems(dict(UPLOAD, export_domain='/export')) == [
-        'request: expected either export_domain or rhv_url, found both']
-
-
 def test_the_names_of_target_and_ignored_keys_are_told():
     request = parsed(ssh_key=KEY, rhv_cafile='/x')
     assert (request.target, request.ignored) == ('export_domain', ('rhv_cafile', 'ssh_key'))
@@ -519,9 +505,7 @@ def with_value(text):
 
 
 @pytest.mark.parametrize('data, text', [
-    (b'', 'is empty, expected a JSON object'),
     (b' \t\r\n', 'is empty, expected a JSON object'),
-    (VALID.decode().encode('utf-16'), UTF_16),
     (VALID.decode().encode('utf-16-be'), UTF_16),
     (VALID.decode().encode('utf-16-le'), UTF_16),
     (with_value(b'"\xff"'), 'is not UTF-8'),
@@ -534,7 +518,6 @@ def with_value(text):
     (b'7', 'expected a JSON object'),
     (b'"needle"', 'expected a JSON object'),
     (b'[]', 'expected one request, not a list'),
-    (b'[' + VALID + b']', 'expected one request, not a list'),
     (with_value(b'NaN'), OUT_OF_RANGE),
     (with_value(b'Infinity'), OUT_OF_RANGE),
     (with_value(b'-Infinity'), OUT_OF_RANGE),
@@ -650,11 +633,6 @@ def with_file(path, **overrides):
 def test_the_first_line_of_a_file_is_the_password(password_file, end):
     password_file.write_bytes((PASSWORD + end).encode())
     assert content(read(with_file(password_file))) == PASSWORD.encode()
-
-
-def test_a_password_is_given_either_way():
-    assert problems({'vmware_password_file': '/x'}) == [
-        'vmware_password: expected either this or vmware_password_file, found both']
 
 
 def refused_file(path):
