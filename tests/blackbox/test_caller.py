@@ -23,6 +23,7 @@ import hidden
 import processes
 from eventually import eventually
 from faults import guardian, tamper
+from schemas import read_state
 from virt_v2v import reach, wait
 
 pytestmark = pytest.mark.promise(6)
@@ -54,8 +55,7 @@ def only_state(wrapper):
     names = [name for name in wrapper.files() if name.endswith('.state')]
     if len(names) != 1:
         return None
-    with open(os.path.join(wrapper.home, names[0])) as stream:
-        return json.load(stream)
+    return read_state(os.path.join(wrapper.home, names[0]))
 
 
 def log_texts(wrapper):
@@ -128,13 +128,6 @@ def test_it_returns_at_once_with_closed_descriptors(waiting, numbers):
 
 
 HOW = b'give the request on standard input: virt-v2v-wrapper.py < request.json\n'
-
-
-def test_a_request_as_argument_is_told_where_to_go(waiting):
-    process = waiting.popen('request.json')
-    assert process.communicate(timeout=60) == (
-        b'', b'virt-v2v-wrapper: error: usage: unrecognized arguments: request.json; ' + HOW)
-    assert process.returncode == 2
 
 
 def test_keys_that_mean_nothing_are_in_answer_and_log(wrapper):
@@ -666,16 +659,10 @@ def test_by_ssh_it_returns_at_once_and_the_job_survives(host, start, count):
     """All of them: none has an end before virt-v2v is let go on."""
     paths = [start(host) for _ in range(count)]
     eventually(lambda: len(host.virt_v2v.runs()) == count, 'all of them run')
-    states = [state_now(path) for path in paths]
+    states = [read_state(path['state_file']) for path in paths]
     assert ['finished' in state for state in states] == [False] * count
     host.virt_v2v.let('end')
     assert [ending(path) for path in paths] == [(0, False)] * count
-
-
-def state_now(paths):
-    """Return what the state file has at this moment."""
-    with open(paths['state_file']) as stream:
-        return json.load(stream)
 
 
 def test_by_ssh_status_and_message_of_a_refusal_arrive(host):
@@ -702,7 +689,7 @@ def announced(wrapper):
         process.stdin.write(json.dumps(wrapper.request()).encode())
         process.stdin.close()
         process.stdin = None
-        state = state_now(json.loads(process.stdout.readline().decode()))
+        state = read_state(json.loads(process.stdout.readline().decode())['state_file'])
         process.communicate(timeout=60)
     return state
 

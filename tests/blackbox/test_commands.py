@@ -337,7 +337,7 @@ def stranger(wrapper):
 
 def edit(job, **changes):
     """Change what the state file of a job has."""
-    state = dict(job.state(), **changes)
+    state, job.damaged = dict(job.state(), **changes), True
     with open(job.paths.state_file, 'w') as stream:
         json.dump(state, stream)
 

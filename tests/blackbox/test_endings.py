@@ -608,6 +608,7 @@ def test_an_ending_is_published_in_a_damaged_state(wrapper, damage):
     job = wrapper.start_waiting()
     kill_wrapper(job)
     wrapper.wait_gone()
+    job.damaged = True
     with open(job.paths.state_file, 'w') as stream:
         stream.write(damage)
     ended_by_the_next_start(wrapper, job)

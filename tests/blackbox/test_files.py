@@ -10,6 +10,7 @@ import pytest
 from eventually import eventually
 from faults import tamper
 from results import error_line, mode
+from schemas import read_state
 from virt_v2v import copying, phase, reach, wait
 
 pytestmark = pytest.mark.promise(9)
@@ -409,8 +410,7 @@ def start_at_once(wrapper, count):
 
 def finished(path):
     """Say whether the state in a file is final, or None if it is."""
-    with open(path) as stream:
-        return 'finished' in json.load(stream)
+    return 'finished' in read_state(path)
 
 
 @pytest.mark.parametrize('count', [8, pytest.param(60, marks=pytest.mark.long)])

@@ -46,6 +46,7 @@ import xml.etree.ElementTree
 from collections import namedtuple
 
 from esx import EsxServer, Guest, vmx
+from schemas import read_state
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WRAPPER = os.path.join(os.path.dirname(os.path.dirname(HERE)), "virt-v2v-wrapper.py")
@@ -97,8 +98,7 @@ class Job(namedtuple("Job", "wrapper_log v2v_log state_file")):
 
     def state(self):
         """Return the state file as it is now."""
-        with open(self.state_file) as stream:
-            return json.load(stream)
+        return read_state(self.state_file)
 
     def wait(self, reached, seconds=600):
         """Return the first state for which reached(state) is true; LabError if none comes."""

@@ -5,9 +5,11 @@ import re
 import pytest
 
 from captures import Recording, condensed, load
+from schemas import valid_state
 from virt_v2v_wrapper import Facts, Parser, Progress, finished_document
 
-FACTS = Facts(4711, 4710, 'vm', {}, '/w.log', '/v.log', '2026-11-23T08:00:00Z')
+FACTS = Facts(4711, 4710, 'vm', {'type': 'export_domain', 'directory': '/export/UUID'}, '/w.log',
+              '/v.log', '2026-11-23T08:00:00Z')
 
 
 # --- playing it --------------------------------------------------------------------------
@@ -35,7 +37,7 @@ def play(recording, cuts, messages, listed=()):
             apply(parser.messages(waiting.pop(0)[1]))
         apply(parser.output(recording.output[start:end]))
     apply(parser.end())
-    state = progress.document(FACTS)
+    state = valid_state(progress.document(FACTS))
     del state['updated_at']
     return Replayed(state, sorted((event for event in found if event.name != 'percent'), key=repr))
 
@@ -141,7 +143,7 @@ def test_listed_disks_stand_in_for_those_that_nothing_names(name):
     ('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL'),
 ])
 def test_the_final_state_says_why_it_failed(name, return_code, text):
-    state = finished_document(replayed(name).state, return_code, None)
+    state = valid_state(finished_document(replayed(name).state, return_code, None))
     assert state['last_message']['message'] == text
     assert state.get('cancelled') == (True if text == STOPPED else None)
 

@@ -3,14 +3,16 @@ import gc
 import json
 import os
 import pickle
+import re
 import stat
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blackbox import ABSENT, PASSWORD, valid_request
 from results import refusal
+from schemas import VALIDATORS, violations
 from virt_v2v import DISKS
 from virt_v2v_wrapper import RequestError, parse_request, read_request
 
@@ -60,15 +62,36 @@ def encoded(document):
     return json.dumps(document).encode('utf-8')
 
 
+# What is refused, and no schema can tell.
+UNTOLD = [
+    # It counts characters, not bytes.
+    {'vm_name': '\u00e9' * 2049},
+    # It compares whole items of a list.
+    {'network_mappings': [{'source': 'a', 'destination': 'b'},
+                          {'source': 'a', 'destination': 'c'}]},
+]
+
+
+def told(document):
+    """Say if the schema refuses a request; None where that cannot be told."""
+    # What a pattern makes of halves of surrogate pairs is a matter of its implementation.
+    halves = re.search('[\ud800-\udfff]', json.dumps(document, ensure_ascii=False))
+    return violations('request', document) != [] if VALIDATORS and not halves else None
+
+
 def parsed(**overrides):
-    """Return the Request in a request that is valid but for the overrides."""
-    return parse_request(encoded(valid_request(**overrides)))
+    """Return the Request in a request that is valid, to the schema too, but for the overrides."""
+    request = valid_request(**overrides)
+    assert not told(request)
+    return parse_request(encoded(request))
 
 
 def problems(data):
     """Return the texts of all problems in a request (bytes, or overrides of a valid one)."""
     if not isinstance(data, bytes):
-        data = encoded(valid_request(**data))
+        request = valid_request(**data)
+        assert told(request) in (None, data not in UNTOLD)
+        data = encoded(request)
     return refusal(parse_request, data, error=RequestError)
 
 
@@ -304,31 +327,22 @@ VPX = 'vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server'
 
 
 @pytest.mark.parametrize('key, value, text', [
-    ('vmware_uri', 'vpx://administrator@vsphere.local@vc/DC/h', AT),
     ('vmware_uri', 'esx://a@b@c', AT),
     ('vmware_uri', 'esx://root@host ', BLANK),
     ('vmware_uri', 'esx://the root@host', BLANK),
-    ('vmware_uri', 'vpx://root@host/Data Center/h', BLANK),
-    ('vmware_uri', 'esx://DOMAIN\\user@host', 'a backslash has to be written %5C'),
-    ('vmware_uri', 'vpx://root@vc', VPX),
     ('vmware_uri', 'vpx://root@vc/', VPX),
     ('vmware_uri', 'vpx://root@vc/DC', VPX),
     ('vmware_uri', 'vpx://root@vc/DC/?no_verify=1', VPX),
-    ('vmware_uri', 'esx://root@h?no_verify=true', NO_VERIFY),
     ('vmware_uri', 'esx://root@h?no_verify=', NO_VERIFY),
     ('vmware_uri', 'vpx://root@vc/DC/h?a=b&no_verify=2', NO_VERIFY),
-    ('vmware_fingerprint', SHA1[:-3], PAIRS.format(19)),
     ('vmware_fingerprint', SHA1 + ':0A', PAIRS.format(21)),
     ('vmware_fingerprint', SHA256[:-3], PAIRS.format(31)),
     ('vmware_fingerprint', SHA256 + ':0A', PAIRS.format(33)),
     ('vmware_fingerprint', SHA256 + ':0A' * 12, PAIRS.format(44)),
-    ('vmware_fingerprint', 'SHA1 Fingerprint=' + SHA1,
-     'expected the pairs of hex digits alone, without "SHA1 Fingerprint="'),
     ('vmware_fingerprint', 'sha256 Fingerprint=' + SHA256,
      'expected the pairs of hex digits alone, without "sha256 Fingerprint="'),
-    ('export_domain', 'nfs://host/path', 'expected HOST:/PATH, without "nfs://"'),
 ])
-def test_a_usual_mistake_is_told_apart(key, value, text):
+def test_a_variant_of_a_usual_mistake_is_told_apart(key, value, text):
     assert problems({key: value}) == ['{}: {}'.format(key, text)]
 
 
@@ -446,11 +460,6 @@ def test_another_mandatory_key_has_to_be_there(base, key):
         '{}: missing, expected {}'.format(key, OTHERS[key])]
 
 
-def test_only_one_target_is_accepted():
-    assert problems(dict(UPLOAD, export_domain='/export')) == [
-        'request: expected either export_domain or rhv_url, found both']
-
-
 def test_the_names_of_target_and_ignored_keys_are_told():
     request = parsed(ssh_key=KEY, rhv_cafile='/x')
     assert (request.target, request.ignored) == ('export_domain', ('rhv_cafile', 'ssh_key'))
@@ -496,9 +505,7 @@ def with_value(text):
 
 
 @pytest.mark.parametrize('data, text', [
-    (b'', 'is empty, expected a JSON object'),
     (b' \t\r\n', 'is empty, expected a JSON object'),
-    (VALID.decode().encode('utf-16'), UTF_16),
     (VALID.decode().encode('utf-16-be'), UTF_16),
     (VALID.decode().encode('utf-16-le'), UTF_16),
     (with_value(b'"\xff"'), 'is not UTF-8'),
@@ -511,7 +518,6 @@ def with_value(text):
     (b'7', 'expected a JSON object'),
     (b'"needle"', 'expected a JSON object'),
     (b'[]', 'expected one request, not a list'),
-    (b'[' + VALID + b']', 'expected one request, not a list'),
     (with_value(b'NaN'), OUT_OF_RANGE),
     (with_value(b'Infinity'), OUT_OF_RANGE),
     (with_value(b'-Infinity'), OUT_OF_RANGE),
@@ -629,11 +635,6 @@ def test_the_first_line_of_a_file_is_the_password(password_file, end):
     assert content(read(with_file(password_file))) == PASSWORD.encode()
 
 
-def test_a_password_is_given_either_way():
-    assert problems({'vmware_password_file': '/x'}) == [
-        'vmware_password: expected either this or vmware_password_file, found both']
-
-
 def refused_file(path):
     """Return the problems with a file for the password."""
     return refusal(read, with_file(path))
@@ -748,6 +749,16 @@ def test_arbitrary_values_are_refused_and_not_echoed(data):
 @settings(max_examples=200)
 def test_damaged_json_is_refused_and_not_echoed(data):
     check_complaints(data)
+
+
+@pytest.mark.skipif(not VALIDATORS, reason='needs jsonschema 4')
+@given(mutated_requests())
+@settings(max_examples=300)
+def test_the_schema_refuses_what_the_script_refuses(data):
+    refused = told(json.loads(data.decode('utf-8', 'surrogatepass')))
+    said = complaints(data)
+    assume(refused is not None and 'request: ' + OUT_OF_RANGE not in said)
+    assert refused == (said != [])
 
 
 @pytest.mark.long
