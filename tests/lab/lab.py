@@ -46,6 +46,7 @@ import xml.etree.ElementTree
 from collections import namedtuple
 
 from esx import EsxServer, Guest, vmx
+from recorder import Recorder
 from schemas import read_state
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -56,7 +57,8 @@ CACHE = "/var/cache/virt-v2v-wrapper-lab"
 # appliance, and its virtio modules are for the guests.
 PACKAGES = [
     "virt-v2v", "nbdkit", "nbdkit-plugin-dev", "libnbd-bin", "qemu-utils", "uuid-runtime",
-    "linux-image-amd64", "busybox-static", "gcc", "libc6-dev", "openssl", "e2fsprogs", "fdisk",
+    "linux-image-amd64", "busybox-static", "bash-static", "gcc", "libc6-dev", "openssl",
+    "e2fsprogs", "fdisk",
     "openssh-client", "openssh-server",
     # For uploads: what virt-v2v's scripts import, and what upload.py builds packages with.
     "nbdkit-plugin-python", "python3-pycurl", "python3-six",
@@ -154,7 +156,8 @@ class Lab:
     """The laboratory; see the text of this module.
 
     Attributes for the tests: `esx` (the server, whose list of guests may grow), `password`
-    (a new one for each lab, to be looked for where it must not be), `work` (its directory).
+    (a new one for each lab, to be looked for where it must not be), `work` (its directory),
+    `recorders` (one for each job that was started).
     """
 
     def __init__(self, say=print):
@@ -162,6 +165,7 @@ class Lab:
         self._say = say
         self._leaving = contextlib.ExitStack()
         self.password = "needle-" + secrets.token_hex(16)
+        self.recorders = []
 
     def __enter__(self):
         """Prepare everything. Raises Unavailable where that is not possible, LabError."""
@@ -179,6 +183,8 @@ class Lab:
             stack.enter_context(private_mounts())
             self._lay_stand_ins()
             stack.callback(self._end_processes)
+            # No thread may be left that shares our mounts when we go back to the others.
+            stack.callback(lambda: [recorder.end() for recorder in self.recorders])
             self._leaving = stack.pop_all()
         return self
 
@@ -277,7 +283,9 @@ class Lab:
         if result.returncode != 0 or result.stderr:
             raise LabError("the wrapper ended with status %d: %s" % (
                 result.returncode, result.stderr))
-        return Job(**json.loads(result.stdout))
+        job = Job(**json.loads(result.stdout))
+        self.recorders.append(Recorder(job))
+        return job
 
     def processes(self):
         """Return {pid: command line} of everything that runs in the lab but for ourselves and
