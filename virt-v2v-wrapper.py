@@ -1127,7 +1127,9 @@ class Progress:
     def message(self):
         """Return the last_message of the state, None if there is no error."""
         error = self._error
-        if error and self._causes and re.search('(?i)see (?:earlier|previous)', error):
+        # From 2.10 on: nbdcopy exited with non-zero error code 1
+        if error and self._causes and re.search(
+                '(?i)see (?:earlier|previous)|^nbdcopy exited with ', error):
             error = '{} ({})'.format(error, '; '.join(self._causes.values()))
         return error and error_message(error)
 
