@@ -85,17 +85,18 @@ def test_three_disks_raw_with_source_disks(lab):
     assert_secret_kept(lab)
 
 
-def test_one_disk_qcow2_without_source_disks(lab):
+def test_three_disks_qcow2_without_source_disks(lab):
     domain = lab.export_domain()
 
-    job = lab.start(lab.request("lab1", domain.path, output_format="qcow2"))
+    job = lab.start(lab.request("lab3", domain.path, output_format="qcow2"))
     first = job.state()
     last = job.wait_finished()
 
     assert (first["disks"], first["disk_count"]) == ([], 0)
-    assert_succeeded(last, domain, LAB1)
-    image, = domain.images()
-    assert_image(image, "qcow2")
+    assert_succeeded(last, domain, LAB3)
+    assert len(domain.images()) == 3
+    for image in domain.images():
+        assert_image(image, "qcow2")
 
 
 def test_nfs_export_domain_is_mounted_for_the_job_only(lab):
@@ -138,6 +139,17 @@ def test_wrong_password(lab):
     assert domain.images() == []
 
 
+def test_wrong_thumbprint(lab):
+    domain = lab.export_domain()
+
+    job = lab.start(lab.request("lab1", domain.path, vmware_fingerprint=":".join(["AB"] * 20)))
+    last = job.wait_finished()
+
+    assert "the thumbprint does not match" in failure(last)
+    assert last["return_code"] == 1
+    assert domain.images() == []
+
+
 def test_unknown_vm(lab):
     domain = lab.export_domain()
 
@@ -158,14 +170,16 @@ def test_export_domain_that_fills_up(lab):
     assert last["return_code"] == 1
 
 
-def test_terminating_virt_v2v_during_the_copy(lab):
+@pytest.mark.parametrize("process", ["pid", "wrapper_pid"])
+def test_terminating_virt_v2v_or_the_wrapper_during_the_copy(lab, process):
     domain = lab.export_domain()
     job, state = started_copying(lab, domain)
 
-    os.kill(state["pid"], signal.SIGTERM)
+    os.kill(state[process], signal.SIGTERM)
     last = job.wait(lambda state: state.get("finished"), seconds=60)
 
     failure(last)
+    assert last["cancelled"] is True
     assert last["return_code"] in (1, -signal.SIGTERM)
     lab.wait_idle(seconds=5)
     assert domain.vms() == []
@@ -174,7 +188,9 @@ def test_terminating_virt_v2v_during_the_copy(lab):
 def test_killing_virt_v2v_during_the_copy_to_qcow2(lab):
     domain = lab.export_domain()
     job, state = started_copying(lab, domain, output_format="qcow2")
-    assert any(command.startswith("qemu-nbd") for command in lab.processes().values())
+    # With virt-v2v 1.x it is qemu-img.
+    assert any(command.startswith(("qemu-nbd", "qemu-img"))
+               for command in lab.processes().values())
 
     os.kill(state["pid"], signal.SIGKILL)
     last = job.wait(lambda state: state.get("finished"), seconds=10)
