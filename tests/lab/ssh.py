@@ -7,6 +7,7 @@ the server's key by the name localhost, and by no other name.
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -101,6 +102,10 @@ def make_root(root, store):
     with open(os.path.join(binaries, "bash"), "w") as script:
         script.write('#!/bin/busybox sh\nexec /bin/busybox sh "$@"\n')
     os.chmod(script.name, 0o755)
+    # What scp starts there; that of OpenSSH 9 does not.
+    scp = shutil.which("scp")
+    for path in [scp] + re.findall(r"(/\S+) \(", run(["ldd", scp])):
+        shutil.copy(path, make_directory(root + os.path.dirname(path)))
     datastore = make_directory(os.path.join(root, "vmfs/volumes", DATASTORE))
     bind(os.path.join(store, DATASTORE), datastore)
 
