@@ -515,7 +515,7 @@ _COMMON = _rules(
      'a non-empty string of at most 4096 bytes without control characters'))
 # A key that another one, of the same rules, may stand for.
 _INSTEAD = {'vmware_password': 'vmware_password_file'}
-# All of them by key; vm_name is told as the first transport has it.
+# All of them by key.
 _RULES = OrderedDict()
 for _rule in sum(list(_TRANSPORTS.values()) + [_COMMON] + list(_TARGETS.values()), ()):
     _RULES.setdefault(_rule.key, _rule)
@@ -3241,7 +3241,7 @@ background. It is over when the state file has the key "finished", and has
 failed if it has the key "failed".
 """
 _EPILOG = """\
-exit status: 0 started, or all has been converted; 1 this host cannot do it;
+exit status: 0 started, checked or converted; 1 this host cannot do it;
   2 the request or the usage is wrong; 3 failed; 4 cancelled
 """
 
@@ -3269,11 +3269,15 @@ def parse_arguments(arguments):
             raise RequestError(('usage', '{}; {}'.format(
                 clean(message), _HOW if is_file else 'see --help')))
 
-    keys = [textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
-                          initial_indent='  {:20}'.format(rule.key), subsequent_indent=' ' * 22)
-            for rule in _RULES.values()]
+    keys = []
+    for name, rules in [('every request', _COMMON)] + list(_TRANSPORTS.items()) + list(
+            _TARGETS.items()):
+        keys += ['', 'keys of {}:'.format(name)] + [
+            textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
+                          initial_indent='  {:21}'.format(rule.key), subsequent_indent=' ' * 23)
+            for rule in rules]
     parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION,
-                            epilog='\n'.join(['keys of the request:'] + keys + ['', _EPILOG]),
+                            epilog='\n'.join(keys + ['', _EPILOG]),
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)
     parser.add_argument('--version', action='version', version='{} {}'.format(PROGRAM, VERSION))
