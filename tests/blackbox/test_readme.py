@@ -16,6 +16,7 @@ import virt_v2v_wrapper as script
 from blackbox import ABSENT, become
 from eventually import eventually
 from faults import guardian
+from readme import HEADINGS, README, block, blocks
 from schemas import VALIDATORS, schema, violations
 from script import ROOT
 from virt_v2v import bar, copying, die, error, phase, source, wait
@@ -37,21 +38,6 @@ CONSTANTS = {'MAX_REQUEST': 'at most {} bytes', 'MAX_TEXT': 'at most {} bytes',
 
 
 # --- reading the README ------------------------------------------------------------------
-
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as stream:
-    README = stream.read()
-HEADINGS = re.findall(r'^## (.*)$', README, re.M)
-
-
-def blocks():
-    """Return [(name or '', text)] of all fenced blocks."""
-    return re.findall(r'^(?:<!-- test: ([\w -]+) -->\n)?```\w+\n(.*?)^```$', README, re.M | re.S)
-
-
-def block(name):
-    """Return the text of the block with that name."""
-    return dict(blocks())[name]
-
 
 def example(name):
     """Return the value of the JSON block with that name."""
