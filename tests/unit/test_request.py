@@ -14,7 +14,7 @@ from blackbox import ABSENT, PASSWORD, valid_request
 from results import refusal
 from schemas import VALIDATORS, violations
 from virt_v2v import DISKS
-from virt_v2v_wrapper import RequestError, parse_request, read_request
+from virt_v2v_wrapper import _MISTAKES, RequestError, parse_request, read_request
 
 pytestmark = pytest.mark.promise(7)
 
@@ -55,6 +55,14 @@ OTHERS = {
     'rhv_cafile': 'an absolute path',
     'insecure_connection': 'true or false',
 }
+KINDS = {bool: 'true or false', int: 'a number', float: 'a number', str: 'a string',
+         list: 'a list', dict: 'an object'}
+# What a value is, if not a string.
+WANTED = {'source_disks': list, 'network_mappings': list, 'luks_keys': list,
+          'install_drivers': bool, 'insecure_connection': bool}
+# What is told of usual mistakes in lists.
+OF_LISTS = {'source_disks': ['a disk is listed twice'], 'network_mappings': [
+    'a network is mapped twice', 'mac_address: expected six pairs of hex digits with colons']}
 NO_STRINGS = [True, False, 0, 7, 1.5, [], ['x'], {}, {'x': 'y'}]
 
 
@@ -203,6 +211,15 @@ def test_a_password_cannot_be_pickled():
         pickle.dumps(parsed())
 
 
+def may_be_told(key, value, expected):
+    """Return the lines of which one is to tell of a wrong value. The usual mistakes that are told
+    each by itself have their whole texts in test_mistakes."""
+    if type(value) is not WANTED.get(key, str):
+        return ['{}: expected {}, found {}'.format(key, expected, KINDS[type(value)])]
+    return [key + ': ' + text for text in [text for _, text in _MISTAKES.get(key, ())]
+            + OF_LISTS.get(key, []) + ['expected ' + expected]]
+
+
 # --- what is refused: values -------------------------------------------------------------
 
 @pytest.mark.parametrize('absent', [ABSENT, None])
@@ -215,7 +232,7 @@ def test_a_mandatory_key_has_to_be_there(key, absent):
 @pytest.mark.parametrize('key', sorted(set(EXPECTED) - {
     'vmware_password_file', 'source_disks', 'network_mappings', 'luks_keys', 'install_drivers'}))
 def test_what_is_no_string_is_refused(key, value):
-    assert problems({key: value}) == ['{}: expected {}'.format(key, EXPECTED[key])]
+    assert problems({key: value}) == may_be_told(key, value, EXPECTED[key])
 
 
 CONTROL = ['\0', '\n', '\r', '\t', '\x1b[31m', '\x7f', '\x85', '\x9b', '\u2028', '\u202e', '\u2066',
@@ -316,7 +333,8 @@ CONTROL = ['\0', '\n', '\r', '\t', '\x1b[31m', '\x7f', '\x85', '\x9b', '\u2028',
      for text in CONTROL] + [('source_disks', ['[ds] ' + text + 'b']) for text in CONTROL],
     ids=lambda value: ascii(value)[:60])
 def test_a_wrong_value_is_refused_by_a_text_that_names_the_key(key, value):
-    assert problems({key: value}) == ['{}: expected {}'.format(key, EXPECTED[key])]
+    line, = problems({key: value})
+    assert line in may_be_told(key, value, EXPECTED[key])
 
 
 PAIRS = 'expected 20 or 32 colon-separated pairs of hex digits, found {} pairs'
@@ -327,6 +345,7 @@ VPX = 'vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server'
 
 
 @pytest.mark.parametrize('key, value, text', [
+    ('network_mappings', UNTOLD[1]['network_mappings'], 'a network is mapped twice'),
     ('vmware_uri', 'esx://a@b@c', AT),
     ('vmware_uri', 'esx://root@host ', BLANK),
     ('vmware_uri', 'esx://the root@host', BLANK),
@@ -354,7 +373,7 @@ def test_all_problems_are_reported_in_the_order_of_the_table():
         'vmware_fingerprint: missing, expected ' + EXPECTED['vmware_fingerprint'],
         'transport_method: missing, expected ' + EXPECTED['transport_method'],
         'output_format: expected ' + EXPECTED['output_format'],
-        'source_disks: expected ' + EXPECTED['source_disks'],
+        'source_disks: expected {}, found a string'.format(EXPECTED['source_disks']),
         'export_domain: missing, expected ' + EXPECTED['export_domain'],
     ]
 
@@ -450,7 +469,8 @@ def test_another_wrong_value_is_refused(base, key, value):
     if key == 'vmware_password_file':
         request['vmware_password'] = ABSENT
     expected = EXPECTED if base == 'plain' else OTHERS
-    assert problems(request) == ['{}: expected {}'.format(key, expected[key])]
+    line, = problems(request)
+    assert line in may_be_told(key, value, expected[key])
 
 
 @pytest.mark.parametrize('base, key', [('ssh', 'vm_name')] + [('upload', key) for key in (
@@ -499,6 +519,11 @@ OUT_OF_RANGE = 'a number is out of range, or none'
 UTF_16 = 'is UTF-16, which ">" of PowerShell writes; expected UTF-8'
 
 
+NO_OBJECT = ('does not begin with "{"; give the request on standard input: virt-v2v-wrapper.py'
+             ' < request.json')
+MORE = 'is not JSON: there is more after the request, '
+
+
 def with_value(text):
     """Return a valid request with one more key, of a value given as JSON."""
     return VALID[:-1] + b', "more": ' + text + b'}'
@@ -513,10 +538,10 @@ def with_value(text):
     (with_value(b'"\xc0\xaf"'), 'is not UTF-8'),
     (VALID + b' ' * (1 << 20), 'is longer than 1048576 bytes'),
     (b'[' * ((1 << 20) + 1), 'is longer than 1048576 bytes'),
-    (b'null', 'expected a JSON object'),
-    (b'true', 'expected a JSON object'),
-    (b'7', 'expected a JSON object'),
-    (b'"needle"', 'expected a JSON object'),
+    (b'null', NO_OBJECT),
+    (b'true', NO_OBJECT),
+    (b'7', NO_OBJECT),
+    (b'"needle"', NO_OBJECT),
     (b'[]', 'expected one request, not a list'),
     (with_value(b'NaN'), OUT_OF_RANGE),
     (with_value(b'Infinity'), OUT_OF_RANGE),
@@ -531,12 +556,12 @@ def with_value(text):
     (VALID[:-1] + b', "vmware_password": "needle"}', 'vmware_password is given twice'),
     (VALID[:-1] + b', "needle": 1, "needle": 1}', 'a key is given twice'),
     (with_value(b'{"needle": 1, "needle": 1}'), 'a key is given twice'),
-    (VALID + VALID, 'is not JSON: Extra data, line 1 column {}'.format(len(VALID) + 1)),
-    (VALID + b'\nneedle', 'is not JSON: Extra data, line 2 column 1'),
-    (VALID + b'\0', 'is not JSON: Extra data, line 1 column {}'.format(len(VALID) + 1)),
+    (VALID + VALID, MORE + 'line 1 column {}'.format(len(VALID) + 1)),
+    (VALID + b'\nneedle', MORE + 'line 2 column 1'),
+    (VALID + b'\0', MORE + 'line 1 column {}'.format(len(VALID) + 1)),
     (VALID[:-1], 'is not JSON: Expecting \',\' delimiter, line 1 column {}'.format(len(VALID))),
-    (b'needle', 'is not JSON: Expecting value, line 1 column 1'),
-    (b'\0', 'is not JSON: Expecting value, line 1 column 1'),
+    (b'needle', NO_OBJECT),
+    (b'\0', NO_OBJECT),
     (b'{needle}',
      'is not JSON: Expecting property name enclosed in double quotes, line 1 column 2'),
     (b'{"vm_name": "needle', 'is not JSON: Unterminated string starting at, line 1 column 13'),
