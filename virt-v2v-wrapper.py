@@ -3052,6 +3052,8 @@ class View:
             _UNPRINTABLE.sub('?', clean(str(text)))
             for text in (state.get('vm_name', ''), state.get('phase', ''), message))
         percent = 100 if status == 'converted' else round(percent, 1)
+        if not copying_disk(phase):
+            self._samples.clear()       # what comes before the copies tells nothing of their speed
         self._samples.append((time.monotonic(), percent))
         self.row = Row(guest, status, percent, phase, age, self.name)
 
