@@ -2358,10 +2358,13 @@ def cache_directory(scratch):
 
 def remove_tree(path):
     """Remove directory `path` (bytes) and all in it, as far as possible. It need not exist."""
-    with suppress(ImportError):     # no descriptor left to read the module with
-        import shutil       # importing it takes half as long as a start, and that is all over
-        # As str: Python 3.6 mixes both kinds when it is given bytes.
-        shutil.rmtree(os.fsdecode(path), ignore_errors=True)
+    try:
+        os.rmdir(path)      # often it is empty
+    except OSError:
+        with suppress(ImportError):     # no descriptor left to read the module with
+            import shutil       # importing it takes half as long as a start, and that is all over
+            # As str: Python 3.6 mixes both kinds when it is given bytes.
+            shutil.rmtree(os.fsdecode(path), ignore_errors=True)
     if os.path.lexists(path):
         LOG.write('WARNING', 'temporary files are left in {}', os.fsdecode(path))
 
