@@ -345,9 +345,7 @@ class _Wrong(ValueError):
 
 def _text(value, pattern='.*'):
     """Return `value` if it is printable, not empty, not too long, and as `pattern` says."""
-    if not isinstance(value, str):
-        raise TypeError
-    if not value or _UNPRINTABLE.search(value) or len(value.encode('utf-8')) > MAX_TEXT:
+    if _UNPRINTABLE.search(value) or not value or len(value.encode('utf-8')) > MAX_TEXT:
         raise ValueError
     if not re.fullmatch(pattern, value):
         raise ValueError
@@ -396,7 +394,7 @@ def _fingerprint(value):
 
 def _secret(value):
     """A password: virt-v2v reads the first line of a file."""
-    if not re.fullmatch('[^\x00\n\r\ud800-\udfff]+', value):
+    if re.search('[\x00\n\r\ud800-\udfff]', value) or not value:
         raise ValueError
     return Secret(value)
 
@@ -440,37 +438,46 @@ def _key(value):
 
 
 # Usual mistakes in the text of a key: what begins so is wrong, and that is told; {} is the match.
+# A dot is any character. Values may be long: no part of a pattern may be matched in many ways.
+_AROUND = (r'\s|.*\s\Z', 'has white space around it')
+_LINE_END = ('.*[\r\n]', 'has a line end; leave that out')
 _MISTAKES = {
     'vmware_uri': (
-        ('(?!(esx|vpx)://)', 'begins with esx:// or vpx://'),
-        ('...://(?![^/?]*@)', 'needs a user: esx://USER@HOST or vpx://USER@HOST'),
-        ('...://[^/?@]*:[^/?]*@', 'has a password; give that as vmware_password'),
+        _AROUND,
+        ('(?!(esx|vpx)://)', 'has to begin with esx:// or vpx://'),
+        (r'...://[^/?@:[]*:(?![0-9]*([/?]|\Z)).*@', 'has a password; give that as vmware_password'),
+        ('...://(?![^/?@]+@)', 'needs a user: esx://USER@HOST or vpx://USER@HOST'),
         ('...://[^/?]*@[^/?]*@', 'an "@" in the user has to be written %40'),
         ('.* ', 'a blank has to be written %20'),
         (r'.*\\', 'a backslash has to be written %5C'),
-        ('.*[^ -~]', 'what is not printable ASCII has to be percent-encoded'),
-        ('[^?]*&no_verify=', 'the first option begins with "?"'),
-        (r'...://[^/?]*/[^?]*:[0-9]+/?\Z|.*no_verify=[01]:[0-9]',
-         'a port follows the server: USER@HOST:PORT'),
+        ('.*[^\0-\x7f]', 'what is not ASCII has to be percent-encoded'),
+        ('[^?]*&no_verify=', 'the first option has to begin with "?"'),
+        # For vpx that may be the name of a host, an IPv6 address too.
+        (r'esx://[^/?]*/[^?]*:[0-9]+/?\Z|.*[?&;]no_verify=[01]:[0-9]',
+         'a port has to follow the server: USER@HOST:PORT'),
         (r'.*[?&;]no_verify=(?![01]([&;]|\Z))', 'no_verify is 0 or 1'),
-        ('vpx://[^/]*(?!/[^/?]+/[^/?])([/?]|$)',
+        (r'vpx://[^/?]*(?!/[^/?]+/[^/?])([/?]|\Z)',
          'vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server')),
     'vmware_fingerprint': (
-        (r'(?i)SHA-?[0-9]+( Fingerprint=|:)',
+        ('(?i)SHA-?[0-9]{1,3}( Fingerprint=|:)',
          'expected the pairs of hex digits alone, without "{}"'),
-        (r'\s|.*\s\Z', 'has white space around it')),
-    'vmware_password': (('.*[\r\n]', 'has a line end; leave that out'),),
+        _AROUND),
+    'vmware_password': (_LINE_END,),
     'vmware_password_file': (('~', 'expected an absolute path, "~" is not expanded'),),
     'ssh_key': (
         ('(ssh|ecdsa)-', 'is a public key, expected the private one'),
-        (r'[^\n]*/[^\n]*\Z', 'expected the text of the key, not its path')),
-    'export_domain': (('nfs://', 'expected HOST:/PATH, without "nfs://"'),),
+        (r'-----[^\n]*\Z', 'is in one line, expected line ends as in its file'),
+        (r'[^\n/]*/[^\n]*\n?\Z', 'expected the text of the key, not its path')),
+    'export_domain': (
+        _AROUND,
+        ('nfs://', 'expected HOST:/PATH, without "nfs://"')),
     'rhv_url': (
-        ('(?!https://)', 'begins with https://'),
-        ('https://[^/@]*:[^/]*@', 'has a password; give that as rhv_password'),
-        ('https://[^/]*%40[^/]*@', 'the "@" in the user is written as it is'),
-        (r'(?!.*/api\Z)', 'ends with /ovirt-engine/api')),
-    'rhv_password': (('.*[\r\n]', 'has a line end; leave that out'),),
+        _AROUND,
+        ('(?!https://)', 'has to begin with https://'),
+        ('https://[^/:]*:.*@', 'has a password; give that as rhv_password'),
+        ('https://(?=[^/]*%40)[^/]*@', 'an "@" in the user has to be written as it is, not %40'),
+        (r'(?!.*/api(/v4)?\Z)', 'has to end with /ovirt-engine/api')),
+    'rhv_password': (_LINE_END,),
 }
 _KINDS = {float: 'a number', bool: 'true or false', str: 'a string', list: 'a list',
           dict: 'an object'}
@@ -617,7 +624,7 @@ def _plausible(key, value):
     """Return the value of a key. Raises _Wrong if it has a usual mistake."""
     if isinstance(value, str):
         for pattern, text in _MISTAKES.get(key, ()):
-            found = re.match(pattern, value)
+            found = re.match(pattern, value, re.DOTALL)
             if found:
                 raise _Wrong(text.format(found.group()))
     return value
@@ -3301,7 +3308,8 @@ def parse_arguments(arguments):
 
     class ArgumentParser(argparse.ArgumentParser):
         def error(self, message):
-            raise RequestError(('usage', clean(message) + '; see --help'))
+            # A value, which it quotes at the end, may be a whole request.
+            raise RequestError(('usage', re.split(':? [\'"]', message)[0] + '; see --help'))
 
     keys = []
     for name, rules in [('every request', _COMMON)] + list(_TRANSPORTS.items()) + list(
@@ -3331,10 +3339,10 @@ def parse_arguments(arguments):
     parser.add_argument('--json', action='store_true', help='with --check or --list: as JSON')
     asked, unknown = parser.parse_known_args(arguments)
     asked = vars(asked)
-    if unknown:         # which may be a whole request: only names of options are shown
-        names = [re.match('[A-Za-z-]*', word).group() for word in unknown if word[:1] == '-']
+    if unknown:         # it may be a whole request, too: only names of options are shown
+        names = [re.match('--[A-Za-z-]*|-.?', word).group() for word in unknown if word[:1] == '-']
         raise RequestError(('usage', 'unknown option: {}; see --help'.format(', '.join(names))
-                            if names else 'expected options only; ' + _HOW))
+                            if names else 'the request is no argument; ' + _HOW))
     if asked['json'] and not asked['list'] and not asked['check']:
         raise RequestError(('usage', '--json goes with --check or --list; see --help'))
     return Options(*map(asked.pop, Options._fields)), asked
