@@ -179,9 +179,6 @@ COMMA = ('Illegal trailing comma before end of object, line 2 column 16'
          'Expecting property name enclosed in double quotes, line 3 column 1')
 
 
-NO_OBJECT = 'request: does not begin with "{"; ' + HOW
-
-
 def as_it_is(data):
     """Return a function that makes something else of a request."""
     return lambda request: data
