@@ -2743,10 +2743,12 @@ def guard(request, options, identity, directory, problems, answer):
                 host = check_host(request, options, identity, directory, problems, answer)
                 job = prepare(undo, request, options, identity, host, answer)
                 if options.check:
+                    undo.callback(end_descendants)
                     answer.send(look_at_source(job, answer))
                     return 0
             with blaming('fork'):
                 monitor_pid = fork(lambda: monitor(job, report, answer))
+            undo.callback(end_descendants)
             os.close(report.writer)
             close_secrets(request)
             facts = Facts(**expect_success(report.receive()))
@@ -2826,7 +2828,6 @@ def prepare(undo, request, options, identity, host, answer):
         os.mkdir(scratch, 0o700)
     scratch = os.fsencode(scratch)
     undo.callback(remove_tree, scratch)
-    undo.callback(end_descendants)
     state, logs, paths, cache = None, (None, None), None, scratch
     if not options.check:
         guest = '{} {}'.format(request.vmware_uri, request.vm_name)
@@ -3370,6 +3371,7 @@ def main(arguments=None):
             return look_after_jobs(options, asked)
         told, guardian_pid = launch(read_request(0), options)
         if options.check:
+            os.waitpid(guardian_pid, 0)         # then nothing is left
             say(json.dumps(told)) if asked['json'] else show_check(told)
             return EXIT_STARTED
         try:
