@@ -1165,7 +1165,9 @@ class Progress:
     def message(self):
         """Return the last_message of the state, None if there is no error."""
         error = self._error
-        if error and self._causes and re.search('(?i)see (?:earlier|previous)', error):
+        # From 2.10 on: nbdcopy exited with non-zero error code 1
+        if error and self._causes and re.search(
+                '(?i)see (?:earlier|previous)|^nbdcopy exited with ', error):
             error = '{} ({})'.format(error, '; '.join(self._causes.values()))
         return error and error_message(error)
 
@@ -2399,6 +2401,11 @@ def remove_tree(path):
     try:
         os.rmdir(path)      # often it is empty
     except OSError:
+        for directory, names, _ in os.walk(path):
+            for inner in [os.path.join(directory, name) for name in names]:
+                if not os.path.islink(inner):
+                    with suppress(OSError):
+                        os.chmod(inner, 0o700)      # supermin leaves some that nobody may enter
         with suppress(ImportError):     # no descriptor left to read the module with
             import shutil       # importing it takes half as long as a start, and that is all over
             # As str: Python 3.6 mixes both kinds when it is given bytes.

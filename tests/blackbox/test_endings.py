@@ -251,6 +251,18 @@ def test_a_killed_wrapper_leaves_no_temporary_files(wrapper):
     assert not os.path.exists(directory)
 
 
+def test_temporary_directories_may_lack_permissions(wrapper):
+    job = wrapper.start_waiting()
+    closed = os.path.join(scratch(wrapper), b'supermin', b'etc')
+    os.makedirs(os.path.join(closed, b'apt'))
+    for path in (os.path.dirname(closed), closed, os.path.join(closed, b'apt')):
+        os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
+        os.chmod(path, 0o600)
+    wrapper.virt_v2v.let('end')
+    assert ended(wrapper, job)['return_code'] == 0
+    assert not os.path.exists(scratch(wrapper))
+
+
 def test_temporary_files_that_stay_do_not_hide_the_ending(wrapper):
     job = wrapper.start_waiting()
     directory = scratch(wrapper)

@@ -1,6 +1,9 @@
 """What the tests of real conversions share: one lab for the session."""
 
+import glob
+import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -10,6 +13,12 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from lab import Lab, Unavailable    # noqa: E402
 from ssh import ssh_server          # noqa: E402
 from upload import upload_target    # noqa: E402
+
+
+def pytest_addoption(parser):
+    """Have the option --keep-logs."""
+    parser.addoption("--keep-logs", metavar="DIR",
+                     help="copy logs and states of each test of the lab to a directory of DIR")
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +31,30 @@ def session_lab():
 
 
 @pytest.fixture
-def lab(session_lab):
-    """The lab; a test that leaves a process or a temporary file behind in it fails."""
+def lab(session_lab, request):
+    """The lab; a test fails if it leaves a process or a temporary file behind in it, or if the
+    state of one of its jobs was ever not as promised."""
     yield session_lab
+    recorders, session_lab.recorders = session_lab.recorders, []
+    for recorder in recorders:
+        recorder.end()
+        keep(recorder, request)
     session_lab.wait_idle(seconds=10)
     assert os.listdir("/var/tmp") == ["v2v-cache-36"]
+    assert glob.glob("/run/vdsm/virt-v2v-wrapper/*.lock") == []
+    assert [line for recorder in recorders for line in recorder.broken] == []
+
+
+def keep(recorder, request):
+    """Copy what there is of a job to where --keep-logs says."""
+    if request.config.getoption("--keep-logs"):
+        directory = os.path.join(request.config.getoption("--keep-logs"), request.node.name)
+        os.makedirs(directory, exist_ok=True)
+        for path in recorder.job:
+            shutil.copy(path, directory)
+        states = os.path.basename(recorder.job.state_file) + "s"
+        with open(os.path.join(directory, states), "w") as stream:
+            stream.writelines(json.dumps(state) + "\n" for state in recorder.states)
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,7 @@ def _guest_properties(guest):
     return {
         "name": _text(guest.name),
         "config.uuid": _text(guest.uuid),
+        "config.instanceUuid": _text(guest.uuid),   # what libvirt 12 asks for
         "runtime.powerState": _value("VirtualMachinePowerState", "poweredOff"),
         "configStatus": _value("ManagedEntityStatus", "green"),
         "config.files.vmPathName": _text("[%s] %s/%s.vmx" % (DATASTORE, guest.name, guest.name)),

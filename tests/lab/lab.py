@@ -46,22 +46,24 @@ import xml.etree.ElementTree
 from collections import namedtuple
 
 from esx import EsxServer, Guest, vmx
+from recorder import Recorder
 from schemas import read_state
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WRAPPER = os.path.join(os.path.dirname(os.path.dirname(HERE)), "virt-v2v-wrapper.py")
 CACHE = "/var/cache/virt-v2v-wrapper-lab"
 
-# Debian's virt-v2v does not depend on all the programs it runs. The kernel is for the
-# appliance, and its virtio modules are for the guests.
+# Debian's virt-v2v does not depend on all the programs it runs.
 PACKAGES = [
     "virt-v2v", "nbdkit", "nbdkit-plugin-dev", "libnbd-bin", "qemu-utils", "uuid-runtime",
-    "linux-image-amd64", "busybox-static", "gcc", "libc6-dev", "openssl", "e2fsprogs", "fdisk",
+    "busybox-static", "bash-static", "gcc", "libc6-dev", "openssl", "e2fsprogs", "fdisk",
     "openssh-client", "openssh-server",
     # For uploads: what virt-v2v's scripts import, and what upload.py builds packages with.
     "nbdkit-plugin-python", "python3-pycurl", "python3-six",
     "python3-pip", "python3-dev", "libxml2-dev",
 ]
+# For the appliance, and its modules are for the guests.
+KERNELS = {"debian": "linux-image-amd64", "ubuntu": "linux-image-virtual"}
 
 VDSM = 36       # oVirt's fixed number for the user vdsm and the group kvm
 ACCOUNTS = {
@@ -154,7 +156,8 @@ class Lab:
     """The laboratory; see the text of this module.
 
     Attributes for the tests: `esx` (the server, whose list of guests may grow), `password`
-    (a new one for each lab, to be looked for where it must not be), `work` (its directory).
+    (a new one for each lab, to be looked for where it must not be), `work` (its directory),
+    `recorders` (one for each job that was started).
     """
 
     def __init__(self, say=print):
@@ -162,6 +165,7 @@ class Lab:
         self._say = say
         self._leaving = contextlib.ExitStack()
         self.password = "needle-" + secrets.token_hex(16)
+        self.recorders = []
 
     def __enter__(self):
         """Prepare everything. Raises Unavailable where that is not possible, LabError."""
@@ -179,6 +183,8 @@ class Lab:
             stack.enter_context(private_mounts())
             self._lay_stand_ins()
             stack.callback(self._end_processes)
+            # No thread may be left that shares our mounts when we go back to the others.
+            stack.callback(lambda: [recorder.end() for recorder in self.recorders])
             self._leaving = stack.pop_all()
         return self
 
@@ -277,7 +283,9 @@ class Lab:
         if result.returncode != 0 or result.stderr:
             raise LabError("the wrapper ended with status %d: %s" % (
                 result.returncode, result.stderr))
-        return Job(**json.loads(result.stdout))
+        job = Job(**json.loads(result.stdout))
+        self.recorders.append(Recorder(job))
+        return job
 
     def processes(self):
         """Return {pid: command line} of everything that runs in the lab but for ourselves and
@@ -396,8 +404,8 @@ def check_machine():
     """Raises Unavailable where the lab cannot be."""
     if os.geteuid() != 0:
         raise Unavailable("the lab needs root")
-    if not is_debian():
-        raise Unavailable("the lab needs Debian, from whose packages it takes virt-v2v")
+    if distribution() not in KERNELS:
+        raise Unavailable("the lab needs Debian or Ubuntu, from whose packages it takes virt-v2v")
     if subprocess.call(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL) != 0:
         raise Unavailable("the lab needs a mount namespace, and may not make one here")
     if not os.access(WRAPPER, os.X_OK):
@@ -407,19 +415,20 @@ def check_machine():
             raise Unavailable("%s may not lie there: the lab covers %s" % (path, list(COVERED)))
 
 
-def is_debian():
-    """Tell whether this is a Debian (not one of its relatives, whose packages differ)."""
+def distribution():
+    """Return the name of the distribution, "debian" for example (but not for its relatives)."""
     with contextlib.suppress(OSError), open("/etc/os-release") as release:
-        return "ID=debian\n" in release.readlines()
-    return False
+        found = re.search("^ID=(.*)$", release.read(), re.MULTILINE)
+        return found and found.group(1)
 
 
 def missing_packages():
-    """Return those of PACKAGES that are not installed."""
-    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + PACKAGES
+    """Return the packages that are needed and not installed."""
+    wanted = PACKAGES + [KERNELS[distribution()]]
+    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + wanted
     listed = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             universal_newlines=True).stdout.splitlines()
-    return [package for package in PACKAGES if package + " installed" not in listed]
+    return [package for package in wanted if package + " installed" not in listed]
 
 
 def install_packages(say):
@@ -432,6 +441,9 @@ def install_packages(say):
     run(["apt-get", "update"])
     run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y",
          "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"] + missing)
+    # In Ubuntu only root may read kernels, but the appliance is built by vdsm.
+    for kernel in glob.glob("/boot/vmlinuz-*"):
+        os.chmod(kernel, 0o644)
 
 
 @contextlib.contextmanager

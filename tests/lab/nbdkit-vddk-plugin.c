@@ -28,10 +28,10 @@
 #define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
 
 /* virt-v2v sets these with -D; nbdkit complains where they are missing. */
-NBDKIT_DLL_PUBLIC int vddk_debug_stats;
-NBDKIT_DLL_PUBLIC int vddk_debug_datapath;
-NBDKIT_DLL_PUBLIC int vddk_debug_diskinfo;
-NBDKIT_DLL_PUBLIC int vddk_debug_extents;
+int vddk_debug_stats;
+int vddk_debug_datapath;
+int vddk_debug_diskinfo;
+int vddk_debug_extents;
 
 static char *file, *server, *user, *vm, *thumbprint, *libdir, *password;
 static int library_version;

@@ -240,6 +240,8 @@ CAUSE = NBDKIT.value + '; ' + NBDCOPY.value
     ([cause('nbdkit: error: x'),
       error('nbdkit did not start up.  See previous debugging messages for problems.')],
      'nbdkit did not start up.  See previous debugging messages for problems. (nbdkit: error: x)'),
+    ([NBDKIT, NBDCOPY, error('nbdcopy exited with non-zero error code 1')],
+     'nbdcopy exited with non-zero error code 1 ({})'.format(CAUSE)),
     ([cause('nbdkit[in0]: error: x'), NBDKIT, error(POINTER)],
      POINTER + ' (nbdkit[in0]: error: x)'),
     ([NBDKIT] + finishing() + [error(POINTER)], POINTER),
