@@ -270,7 +270,7 @@ class Lab:
         return subprocess.run(
             [WRAPPER, "--vddk-libdir", self.vddk(rate)] + list(words), input=json.dumps(request),
             env=dict(administrators_environment(), **environment), universal_newlines=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
 
     def start(self, request, rate=0, **environment):
         """Start a conversion and return the `Job`; LabError if the wrapper refuses."""
