@@ -345,7 +345,7 @@ class _Wrong(ValueError):
 
 def _text(value, pattern='.*'):
     """Return `value` if it is printable, not empty, not too long, and as `pattern` says."""
-    if not value or _UNPRINTABLE.search(value) or len(value.encode('utf-8')) > MAX_TEXT:
+    if _UNPRINTABLE.search(value) or not value or len(value.encode('utf-8')) > MAX_TEXT:
         raise ValueError
     if not re.fullmatch(pattern, value):
         raise ValueError
@@ -371,51 +371,30 @@ def _list(make):
     def make_all(value):
         if not isinstance(value, list):
             raise TypeError
-        return tuple(map(make, value))
+        try:
+            return tuple(map(make, value))
+        except (TypeError, AttributeError, KeyError):
+            raise ValueError from None
     return make_all
 
 
 def _disks(value):
     disks = _list(_text)(value)
     if len(set(disks)) < len(disks):
-        raise ValueError
+        raise _Wrong('a disk is listed twice')
     return disks
 
 
-def _uri(value):
-    found = re.match('(esx|vpx)://([^:/?]+)@([^/?]*)(.*)', value, re.DOTALL)
-    if found:
-        kind, user, _, rest = found.groups()
-        for character, name, code, text in (('@', 'an "@" in the user', '%40', user), (
-                ' ', 'a blank', '%20', value), ('\\', 'a backslash', '%5C', value)):
-            if character in text:
-                raise _Wrong('{} has to be written {}'.format(name, code))
-        if set(re.findall('[?&;]no_verify=([^&;]*)', rest)) - {'0', '1'}:
-            raise _Wrong('no_verify is 0 or 1')
-        if kind == 'vpx' and not re.match('/[^/?]+/[^/?]', rest):
-            raise _Wrong('vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server')
-    return _text(value, _URI)
-
-
 def _fingerprint(value):
-    front = re.match('(?i)SHA-?[0-9]{1,3} Fingerprint=', value)
-    if front:
-        raise _Wrong('expected the pairs of hex digits alone, without "{}"'.format(front.group()))
     if re.fullmatch('[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2})+', value) and len(value) not in (59, 95):
         raise _Wrong('expected 20 or 32 colon-separated pairs of hex digits, found {} pairs'.format(
             value.count(':') + 1))
     return _text(value, _FINGERPRINT).upper()
 
 
-def _domain(value):
-    if value.startswith('nfs://'):
-        raise _Wrong('expected HOST:/PATH, without "nfs://"')
-    return _text(value, _EXPORT_DOMAIN)
-
-
 def _secret(value):
     """A password: virt-v2v reads the first line of a file."""
-    if not value or re.search('[\x00\n\r\ud800-\udfff]', value):
+    if re.search('[\x00\n\r\ud800-\udfff]', value) or not value:
         raise ValueError
     return Secret(value)
 
@@ -437,14 +416,16 @@ def _private_key(value):
 def _mapping(value):
     """Where a network goes: (source, destination, MAC address or None)."""
     mac = value.get('mac_address')
+    if isinstance(mac, str) and not re.fullmatch(_MAC, mac):
+        raise _Wrong('mac_address: expected six pairs of hex digits with colons')
     return (_text(value['source'], '.*' if mac else '[^:]*'), _text(value['destination']),
-            None if mac is None else _text(mac, _MAC).lower())
+            None if mac is None else mac.lower())
 
 
 def _mappings(value):
     mappings = tuple(OrderedDict.fromkeys(_list(_mapping)(value)))
     if len({mac or source for source, _, mac in mappings}) < len(mappings):
-        raise ValueError                # virt-v2v takes one destination for each
+        raise _Wrong('a network is mapped twice')       # virt-v2v takes one destination for each
     return mappings
 
 
@@ -456,6 +437,50 @@ def _key(value):
     return (_text(value['device'], 'all|' + _DEVICE), None if key is None else _secret(key))
 
 
+# Usual mistakes in the text of a key: what begins so is wrong, and that is told; {} is the match.
+# A dot is any character. Values may be long: no part of a pattern may be matched in many ways.
+_AROUND = (r'\s|.*\s\Z', 'has white space around it')
+_LINE_END = ('.*[\r\n]', 'has a line end; leave that out')
+_MISTAKES = {
+    'vmware_uri': (
+        _AROUND,
+        ('(?!(esx|vpx)://)', 'has to begin with esx:// or vpx://'),
+        (r'...://[^/?@:[]*:(?![0-9]*([/?]|\Z)).*@', 'has a password; give that as vmware_password'),
+        ('...://(?![^/?@]+@)', 'needs a user: esx://USER@HOST or vpx://USER@HOST'),
+        ('...://[^/?]*@[^/?]*@', 'an "@" in the user has to be written %40'),
+        ('.* ', 'a blank has to be written %20'),
+        (r'.*\\', 'a backslash has to be written %5C'),
+        ('.*[^\0-\x7f]', 'what is not ASCII has to be percent-encoded'),
+        ('[^?]*&no_verify=', 'the first option has to begin with "?"'),
+        # For vpx that may be the name of a host, an IPv6 address too.
+        (r'esx://[^/?]*/[^?]*:[0-9]+/?\Z|.*[?&;]no_verify=[01]:[0-9]',
+         'a port has to follow the server: USER@HOST:PORT'),
+        (r'.*[?&;]no_verify=(?![01]([&;]|\Z))', 'no_verify is 0 or 1'),
+        (r'vpx://[^/?]*(?!/[^/?]+/[^/?])([/?]|\Z)',
+         'vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server')),
+    'vmware_fingerprint': (
+        ('(?i)SHA-?[0-9]{1,3}( Fingerprint=|:)',
+         'expected the pairs of hex digits alone, without "{}"'),
+        _AROUND),
+    'vmware_password': (_LINE_END,),
+    'vmware_password_file': (('~', 'expected an absolute path, "~" is not expanded'),),
+    'ssh_key': (
+        ('(ssh|ecdsa)-', 'is a public key, expected the private one'),
+        (r'-----[^\n]*\Z', 'is in one line, expected line ends as in its file'),
+        (r'[^\n/]*/[^\n]*\n?\Z', 'expected the text of the key, not its path')),
+    'export_domain': (
+        _AROUND,
+        ('nfs://', 'expected HOST:/PATH, without "nfs://"')),
+    'rhv_url': (
+        _AROUND,
+        ('(?!https://)', 'has to begin with https://'),
+        ('https://[^/:]*:.*@', 'has a password; give that as rhv_password'),
+        ('https://(?=[^/]*%40)[^/]*@', 'an "@" in the user has to be written as it is, not %40'),
+        (r'(?!.*/api(/v4)?\Z)', 'has to end with /ovirt-engine/api')),
+    'rhv_password': (_LINE_END,),
+}
+_KINDS = {float: 'a number', bool: 'true or false', str: 'a string', list: 'a list',
+          dict: 'an object'}
 _MANDATORY = object()
 
 # `make` turns the value into the field, `expected` says what it has to be.
@@ -471,7 +496,7 @@ _TRANSPORTS = OrderedDict(
     vddk=_rules(
         ('vm_name', _MANDATORY, _text,
          'a non-empty string of at most 4096 bytes without control characters'),
-        ('vmware_uri', _MANDATORY, _uri,
+        ('vmware_uri', _MANDATORY, _like(_URI),
          'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password'),
         ('vmware_password', _MANDATORY, _secret, 'a non-empty string without NUL or line ends'),
         ('vmware_password_file', None, _like('/.*'), 'an absolute path'),
@@ -484,7 +509,7 @@ _TRANSPORTS = OrderedDict(
 # The keys of each place to write it to. The first of them is what tells the target.
 _TARGETS = OrderedDict(
     export_domain=_rules(
-        ('export_domain', _MANDATORY, _domain,
+        ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
          'HOST:/PATH or an absolute directory, without blanks or control characters')),
     rhv_upload=_rules(
         ('rhv_url', _MANDATORY, _like(_ENGINE_URL),
@@ -515,7 +540,7 @@ _COMMON = _rules(
      'a non-empty string of at most 4096 bytes without control characters'))
 # A key that another one, of the same rules, may stand for.
 _INSTEAD = {'vmware_password': 'vmware_password_file'}
-# All of them by key; vm_name is told as the first transport has it.
+# All of them by key.
 _RULES = OrderedDict()
 for _rule in sum(list(_TRANSPORTS.values()) + [_COMMON] + list(_TARGETS.values()), ()):
     _RULES.setdefault(_rule.key, _rule)
@@ -563,6 +588,8 @@ def _document(data):
         data = data[3:]
     if re.match(b'\xff\xfe|\xfe\xff|[{]\0|\0[{]', data):
         raise RequestError(('request', 'is UTF-16, which ">" of PowerShell writes; expected UTF-8'))
+    if data.lstrip()[:1] not in (b'{', b'['):
+        raise RequestError(('request', 'does not begin with "{"; ' + _HOW))
     try:
         document = json.loads(data.decode('utf-8'), object_pairs_hook=unique, parse_int=_number,
                               parse_float=_number, parse_constant=_number)
@@ -572,11 +599,10 @@ def _document(data):
         raise RequestError(('request', 'is not UTF-8')) from None
     except ValueError as error:
         raise RequestError(('request', 'is not JSON: {}, line {} column {}'.format(
-            error.msg.partition(':')[0], error.lineno, error.colno))) from None
+            error.msg.partition(':')[0].replace('Extra data', 'there is more after the request'),
+            error.lineno, error.colno))) from None
     if isinstance(document, list):
         raise RequestError(('request', 'expected one request, not a list'))
-    if not isinstance(document, dict):
-        raise RequestError(('request', 'expected a JSON object'))
     return document
 
 
@@ -594,6 +620,16 @@ def _rules_for(document):
     return target, transports[0] + _COMMON + _TARGETS[target]
 
 
+def _plausible(key, value):
+    """Return the value of a key. Raises _Wrong if it has a usual mistake."""
+    if isinstance(value, str):
+        for pattern, text in _MISTAKES.get(key, ()):
+            found = re.match(pattern, value, re.DOTALL)
+            if found:
+                raise _Wrong(text.format(found.group()))
+    return value
+
+
 def parse_request(data):
     """Return the Request in `data` (bytes). Raises RequestError with all its problems."""
     document = _document(data)
@@ -603,10 +639,12 @@ def parse_request(data):
         instead = document.get(_INSTEAD.get(key))
         value = document.pop(key, None)
         try:
-            values[key] = default if value is None else make(value)
+            values[key] = default if value is None else make(_plausible(key, value))
         except _Wrong as error:
             problems.append((key, str(error)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (TypeError, AttributeError):
+            problems.append((key, 'expected {}, found {}'.format(expected, _KINDS[type(value)])))
+        except ValueError:
             problems.append((key, 'expected ' + expected))
         if value is not None and instead is not None:
             problems.append((key, 'expected either this or {}, found both'.format(_INSTEAD[key])))
@@ -2360,16 +2398,18 @@ def cache_directory(scratch):
 
 def remove_tree(path):
     """Remove directory `path` (bytes) and all in it, as far as possible. It need not exist."""
-    for directory, names, _ in os.walk(path):   # supermin leaves some that nobody may enter
-        for name in names:
-            inner = os.path.join(directory, name)
-            with suppress(OSError):
+    try:
+        os.rmdir(path)      # often it is empty
+    except OSError:
+        for directory, names, _ in os.walk(path):
+            for inner in [os.path.join(directory, name) for name in names]:
                 if not os.path.islink(inner):
-                    os.chmod(inner, 0o700)
-    with suppress(ImportError):     # no descriptor left to read the module with
-        import shutil       # importing it takes half as long as a start, and that is all over
-        # As str: Python 3.6 mixes both kinds when it is given bytes.
-        shutil.rmtree(os.fsdecode(path), ignore_errors=True)
+                    with suppress(OSError):
+                        os.chmod(inner, 0o700)      # supermin leaves some that nobody may enter
+        with suppress(ImportError):     # no descriptor left to read the module with
+            import shutil       # importing it takes half as long as a start, and that is all over
+            # As str: Python 3.6 mixes both kinds when it is given bytes.
+            shutil.rmtree(os.fsdecode(path), ignore_errors=True)
     if os.path.lexists(path):
         LOG.write('WARNING', 'temporary files are left in {}', os.fsdecode(path))
 
@@ -2710,10 +2750,12 @@ def guard(request, options, identity, directory, problems, answer):
                 host = check_host(request, options, identity, directory, problems, answer)
                 job = prepare(undo, request, options, identity, host, answer)
                 if options.check:
+                    undo.callback(end_descendants)
                     answer.send(look_at_source(job, answer))
                     return 0
             with blaming('fork'):
                 monitor_pid = fork(lambda: monitor(job, report, answer))
+            undo.callback(end_descendants)
             os.close(report.writer)
             close_secrets(request)
             facts = Facts(**expect_success(report.receive()))
@@ -2793,7 +2835,6 @@ def prepare(undo, request, options, identity, host, answer):
         os.mkdir(scratch, 0o700)
     scratch = os.fsencode(scratch)
     undo.callback(remove_tree, scratch)
-    undo.callback(end_descendants)
     state, logs, paths, cache = None, (None, None), None, scratch
     if not options.check:
         guest = '{} {}'.format(request.vmware_uri, request.vm_name)
@@ -3026,6 +3067,8 @@ class View:
             _UNPRINTABLE.sub('?', clean(str(text)))
             for text in (state.get('vm_name', ''), state.get('phase', ''), message))
         percent = 100 if status == 'converted' else round(percent, 1)
+        if not copying_disk(phase):
+            self._samples.clear()       # what comes before the copies tells nothing of their speed
         self._samples.append((time.monotonic(), percent))
         self.row = Row(guest, status, percent, phase, age, self.name)
 
@@ -3249,7 +3292,7 @@ background. It is over when the state file has the key "finished", and has
 failed if it has the key "failed".
 """
 _EPILOG = """\
-exit status: 0 started, or all has been converted; 1 this host cannot do it;
+exit status: 0 started, checked or converted; 1 this host cannot do it;
   2 the request or the usage is wrong; 3 failed; 4 cancelled
 """
 
@@ -3273,15 +3316,18 @@ def parse_arguments(arguments):
 
     class ArgumentParser(argparse.ArgumentParser):
         def error(self, message):
-            is_file = len(arguments) == 1 and not arguments[0].startswith('-')
-            raise RequestError(('usage', '{}; {}'.format(
-                clean(message), _HOW if is_file else 'see --help')))
+            # A value, which it quotes at the end, may be a whole request.
+            raise RequestError(('usage', re.split(':? [\'"]', message)[0] + '; see --help'))
 
-    keys = [textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
-                          initial_indent='  {:20}'.format(rule.key), subsequent_indent=' ' * 22)
-            for rule in _RULES.values()]
+    keys = []
+    for name, rules in [('every request', _COMMON)] + list(_TRANSPORTS.items()) + list(
+            _TARGETS.items()):
+        keys += ['', 'keys of {}:'.format(name)] + [
+            textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
+                          initial_indent='  {:21}'.format(rule.key), subsequent_indent=' ' * 23)
+            for rule in rules]
     parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION,
-                            epilog='\n'.join(['keys of the request:'] + keys + ['', _EPILOG]),
+                            epilog='\n'.join(keys + ['', _EPILOG]),
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)
     parser.add_argument('--version', action='version', version='{} {}'.format(PROGRAM, VERSION))
@@ -3299,7 +3345,12 @@ def parse_arguments(arguments):
                           ' ended; without STATE, those of this user that are running')
     commands.add_argument('--cancel', metavar='STATE', nargs='+', help='end these jobs')
     parser.add_argument('--json', action='store_true', help='with --check or --list: as JSON')
-    asked = vars(parser.parse_args(arguments))
+    asked, unknown = parser.parse_known_args(arguments)
+    asked = vars(asked)
+    if unknown:         # it may be a whole request, too: only names of options are shown
+        names = [re.match('--[A-Za-z-]*|-.?', word).group() for word in unknown if word[:1] == '-']
+        raise RequestError(('usage', 'unknown option: {}; see --help'.format(', '.join(names))
+                            if names else 'the request is no argument; ' + _HOW))
     if asked['json'] and not asked['list'] and not asked['check']:
         raise RequestError(('usage', '--json goes with --check or --list; see --help'))
     return Options(*map(asked.pop, Options._fields)), asked
@@ -3327,6 +3378,7 @@ def main(arguments=None):
             return look_after_jobs(options, asked)
         told, guardian_pid = launch(read_request(0), options)
         if options.check:
+            os.waitpid(guardian_pid, 0)         # then nothing is left
             say(json.dumps(told)) if asked['json'] else show_check(told)
             return EXIT_STARTED
         try:

@@ -8,12 +8,9 @@ import itertools
 import json
 import os
 import pty
-import shlex
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import termios
 
 import pytest
@@ -39,15 +36,6 @@ def waiting(wrapper):
     wrapper.virt_v2v.play(reach('running'), wait('end'))
     yield wrapper
     wrapper.virt_v2v.let('end')
-
-
-def request_file(wrapper):
-    """Return an open file with a request."""
-    path = os.path.join(wrapper.directory, 'request.json')
-    with open(path, 'w') as stream:
-        json.dump(wrapper.request(), stream)
-    os.chmod(path, 0o644)
-    return open(path, 'rb')
 
 
 def only_state(wrapper):
@@ -105,7 +93,7 @@ def closing(numbers):
 @pytest.mark.parametrize('numbers', [
     numbers for count in range(4) for numbers in itertools.combinations(range(3), count)], ids=str)
 def test_it_returns_at_once_with_closed_descriptors(waiting, numbers):
-    with request_file(waiting) as stdin:
+    with waiting.request_file() as stdin:
         process = waiting.popen(stdin=stdin, prepare=closing(numbers))
     with process:
         stdout, stderr = process.communicate(timeout=60)
@@ -160,7 +148,7 @@ def test_closed_descriptors_are_taken_before_any_file_of_ours(wrapper):
 
 @pytest.mark.parametrize('numbers', [(1,), (1, 2)], ids=str)
 def test_virt_v2v_has_descriptors_when_the_caller_had_none(wrapper, numbers):
-    with request_file(wrapper) as stdin:
+    with wrapper.request_file() as stdin:
         process = wrapper.popen(stdin=stdin, prepare=closing(numbers))
     process.communicate(timeout=60)
     wrapper.wait_gone()
@@ -267,7 +255,7 @@ def test_a_full_pipe_as_stderr_leaves_the_exit_status(waiting):
 
 
 def test_a_full_pipe_that_is_read_in_time_gets_the_paths(waiting):
-    with pipe() as ends, request_file(waiting) as stdin:
+    with pipe() as ends, waiting.request_file() as stdin:
         fill_up(ends[WRITE_END])
         process = waiting.popen(stdin=stdin, stdout=ends[WRITE_END])
         os.close(ends[WRITE_END])
@@ -357,7 +345,7 @@ def test_a_terminal_as_stdin_is_refused_at_once(waiting, terminal):
 
 def test_a_terminal_that_hung_up_before_stops_the_job(waiting, terminal):
     terminal.hang_up()
-    with request_file(waiting) as stdin:
+    with waiting.request_file() as stdin:
         process = waiting.popen(stdin=stdin, stdout=terminal.slave)
         stderr = process.communicate(timeout=60)[1]
     assert (process.returncode, stderr) == (1, STOPPED % b'Input/output error')
@@ -366,7 +354,7 @@ def test_a_terminal_that_hung_up_before_stops_the_job(waiting, terminal):
 
 def hung_up_at_once(wrapper, terminal):
     """Start a job on a terminal that hangs up as soon as the paths are printed; return them."""
-    with request_file(wrapper) as stdin:
+    with wrapper.request_file() as stdin:
         process = wrapper.popen(stdin=stdin, stdout=terminal.slave, stderr=terminal.slave,
                                 prepare=terminal.control)
     paths = json.loads(terminal.line().decode())
@@ -395,7 +383,7 @@ def ending(paths):
 
 
 def test_the_job_has_no_terminal(waiting, terminal):
-    with request_file(waiting) as stdin:
+    with waiting.request_file() as stdin:
         process = waiting.popen(stdin=stdin, stdout=terminal.slave, stderr=terminal.slave,
                                 prepare=terminal.control)
     job = blackbox.Job(0, terminal.line(), b'')
@@ -505,179 +493,6 @@ def test_virt_v2v_has_an_ordinary_umask(wrapper, umask):
     assert job.status == 0
     assert job.wait_finished()['return_code'] == 0
     assert int(wrapper.recorded().status['Umask'], 8) == 0o022
-
-
-# --- ssh ---------------------------------------------------------------------------------
-
-SSHD_CONFIG = """\
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {directory}/host_key
-AuthorizedKeysFile {directory}/client_key.pub
-PidFile none
-UsePAM no
-StrictModes no
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin yes
-MaxStartups 1000
-"""
-# What sshd needs of /run is not there unless it runs as a service.
-WITH_OWN_RUN = ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c',
-                'mount -t tmpfs -o mode=0755 tmpfs /run && mkdir /run/sshd && exec "$@"', 'sh']
-
-
-def command_path(name):
-    """Return the path of a command that may be an administrator's; skip without it."""
-    path = shutil.which(name, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin')
-    return path or pytest.skip('needs ' + name)
-
-
-def free_port():
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
-class Sshd:
-    """A real sshd on the loopback interface, which lets in the user who runs the tests."""
-
-    def __init__(self, directory):
-        self.port = free_port()
-        self._key = os.path.join(directory, 'client_key')
-        for name in ('host_key', 'client_key'):
-            subprocess.check_call([command_path('ssh-keygen'), '-q', '-t', 'ed25519', '-N', '',
-                                   '-f', os.path.join(directory, name)])
-        config = os.path.join(directory, 'sshd_config')
-        with open(config, 'w') as stream:
-            stream.write(SSHD_CONFIG.format(port=self.port, directory=directory))
-        self._log = open(os.path.join(directory, 'sshd.log'), 'w+b')
-        prefix = WITH_OWN_RUN if os.getuid() == 0 and not os.path.isdir('/run/sshd') else []
-        self._process = subprocess.Popen(
-            prefix + [command_path('sshd'), '-D', '-e', '-f', config], cwd=directory,
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
-
-    def ready(self):
-        """Wait until one can log in; skip if that cannot be here."""
-        eventually(lambda: self._listening() or self._process.poll() is not None, 'sshd listens')
-        login = self.popen('true')
-        said = login.communicate(timeout=60)[1]
-        if login.returncode != 0:
-            self.close()
-            pytest.skip('cannot log in by ssh here: %r' % said)
-
-    def _listening(self):
-        with socket.socket() as probe:
-            return probe.connect_ex(('127.0.0.1', self.port)) == 0
-
-    def popen(self, command, *options, **keywords):
-        """Execute a command for the shell by ssh."""
-        settings = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        settings.update(keywords)
-        return subprocess.Popen(
-            [command_path('ssh'), '-q', '-F', 'none', '-i', self._key, '-p', str(self.port),
-             '-o', 'IdentitiesOnly=yes', '-o', 'BatchMode=yes', '-o', 'StrictHostKeyChecking=no',
-             '-o', 'UserKnownHostsFile=/dev/null'] + list(options) + ['127.0.0.1', command],
-            env={'PATH': '/usr/bin:/bin'}, **settings)
-
-    def close(self):
-        """Leave nothing of it."""
-        self._process.terminate()
-        self._process.wait()
-        self._log.close()
-
-
-@pytest.fixture
-def host(request):
-    """The wrapper on a host to be reached by ssh, as the user who runs the tests."""
-    wrapper = request.getfixturevalue('wrapper' if os.getuid() else 'root_wrapper')
-    wrapper.virt_v2v.play(reach('running'), wait('end'))
-    directory = os.path.join(wrapper.directory, 'ssh')
-    os.mkdir(directory)
-    wrapper.sshd = Sshd(directory)
-    wrapper.sshd.ready()
-    yield wrapper
-    wrapper.virt_v2v.let('end')
-    wrapper.sshd.close()
-
-
-def remote_command(wrapper, stdin=None):
-    """Return the wrapper's command for a shell; stdin is a file there."""
-    words = ['env', '-i'] + ['%s=%s' % pair for pair in wrapper.environment().items()]
-    text = ' '.join(map(shlex.quote, words + wrapper.command()))
-    return text + (' < ' + shlex.quote(stdin) if stdin else '')
-
-
-def by_ssh(wrapper):
-    """Start a job by ssh without a terminal, request on stdin; return its paths."""
-    client = wrapper.sshd.popen(remote_command(wrapper), stdin=subprocess.PIPE)
-    request = json.dumps(wrapper.request()).encode()
-    stdout, stderr = client.communicate(request, timeout=60)
-    assert (client.returncode, stderr) == (0, b'')
-    return json.loads(stdout.decode())
-
-
-def by_ssh_with_terminal(wrapper):
-    """Start a job by ssh with a terminal; return its paths."""
-    with request_file(wrapper) as stream:
-        client = wrapper.sshd.popen(remote_command(wrapper, stream.name), '-tt')
-    stdout = client.communicate(timeout=60)[0]
-    assert client.returncode == 0
-    return json.loads(stdout.decode())
-
-
-def by_ssh_with_terminal_hung_up(wrapper):
-    """The same, but the client is killed as soon as the paths are there."""
-    with request_file(wrapper) as stream:
-        client = wrapper.sshd.popen(remote_command(wrapper, stream.name), '-tt')
-    with client:
-        line = client.stdout.readline()
-        client.kill()
-    return json.loads(line.decode())
-
-
-def by_ssh_hung_up(wrapper):
-    """Start a job by ssh without a terminal; the client is killed with the paths just there."""
-    with request_file(wrapper) as stream:
-        client = wrapper.sshd.popen(remote_command(wrapper, stream.name))
-    with client:
-        line = client.stdout.readline()
-        client.kill()
-    return json.loads(line.decode())
-
-
-# The hundred take minutes: so many jobs wait at once.
-@pytest.mark.parametrize('start, count', [
-    (by_ssh, 10), (by_ssh_with_terminal_hung_up, 10), (by_ssh_hung_up, 2),
-    (by_ssh_with_terminal, 2),
-    pytest.param(by_ssh, 100, marks=pytest.mark.long),
-    pytest.param(by_ssh_with_terminal_hung_up, 100, marks=pytest.mark.long),
-    pytest.param(by_ssh_hung_up, 20, marks=pytest.mark.long),
-    pytest.param(by_ssh_with_terminal, 20, marks=pytest.mark.long)])
-def test_by_ssh_it_returns_at_once_and_the_job_survives(host, start, count):
-    """All of them: none has an end before virt-v2v is let go on."""
-    paths = [start(host) for _ in range(count)]
-    eventually(lambda: len(host.virt_v2v.runs()) == count, 'all of them run')
-    states = [read_state(path['state_file']) for path in paths]
-    assert ['finished' in state for state in states] == [False] * count
-    host.virt_v2v.let('end')
-    assert [ending(path) for path in paths] == [(0, False)] * count
-
-
-def test_by_ssh_status_and_message_of_a_refusal_arrive(host):
-    client = host.sshd.popen(remote_command(host), stdin=subprocess.PIPE)
-    stdout, stderr = client.communicate(b'[]', timeout=60)
-    assert (client.returncode, stdout) == (2, b'')
-    assert stderr == b'virt-v2v-wrapper: error: request: expected one request, not a list\n'
-
-
-def test_by_ssh_a_terminal_as_stdin_is_refused(host):
-    client = host.sshd.popen(remote_command(host), '-tt')
-    said = client.communicate(timeout=60)[0]
-    assert client.returncode == 2
-    assert said.startswith(b'virt-v2v-wrapper: error: request: is a terminal; give the request on')
-    assert host.files() == []
 
 
 # --- the state is there when the paths are -----------------------------------------------

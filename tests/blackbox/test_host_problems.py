@@ -76,6 +76,10 @@ def start_with_descriptors(wrapper, count):
 def test_too_few_descriptors_are_named(wrapper):
     """Whatever it is that fails for lack of one, except for Python's own start."""
     wrapper.virt_v2v.play()
+    scratch = os.path.join(wrapper.home, 'scratch')
+    os.mkdir(scratch)
+    os.chmod(scratch, 0o1777)
+    tamper(wrapper, 'module.TEMPORARY_DIR = %r' % scratch)
     jobs = [start_with_descriptors(wrapper, count) for count in list(range(4, 24)) + [100]]
     refused = [job.stderr for job in jobs if job.status == 1 and b'-wrapper: error: ' in job.stderr]
     assert refused
@@ -85,6 +89,8 @@ def test_too_few_descriptors_are_named(wrapper):
     for job in jobs:
         if job.status == 0:
             job.wait_finished()
+    wrapper.wait_gone()
+    assert [name for name in os.listdir(scratch) if not name.startswith('v2v-cache-')] == []
 
 
 def gone_directory(wrapper):

@@ -16,6 +16,7 @@ import virt_v2v_wrapper as script
 from blackbox import ABSENT, become
 from eventually import eventually
 from faults import guardian
+from readme import HEADINGS, README, block, blocks
 from schemas import VALIDATORS, schema, violations
 from script import ROOT
 from virt_v2v import bar, copying, die, error, phase, source, wait
@@ -26,7 +27,8 @@ OF_OTHERS = {'incorrect user name or password', 'No space left on device',
              'No such file or directory'}
 # An example that is not named here is one that no test looks at.
 TESTED = (['start', 'start-prompt', 'ssh', 'wait', 'show', 'cancel', 'alive', 'logs', 'tmpfiles',
-           'forty', 'request', 'answer', 'errors'] + ['state ' + stage for stage in STAGES])
+           'sudoers', 'forty', 'request', 'answer', 'errors']
+          + ['state ' + stage for stage in STAGES])
 # Constants of the script, and how the README gives each of them.
 CONSTANTS = {'MAX_REQUEST': 'at most {} bytes', 'MAX_TEXT': 'at most {} bytes',
              'STOP_GRACE': '{:.0f} s later', 'VDSM_LOG_DIR': '| `{}` |',
@@ -36,21 +38,6 @@ CONSTANTS = {'MAX_REQUEST': 'at most {} bytes', 'MAX_TEXT': 'at most {} bytes',
 
 
 # --- reading the README ------------------------------------------------------------------
-
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as stream:
-    README = stream.read()
-HEADINGS = re.findall(r'^## (.*)$', README, re.M)
-
-
-def blocks():
-    """Return [(name or '', text)] of all fenced blocks."""
-    return re.findall(r'^(?:<!-- test: ([\w -]+) -->\n)?```\w+\n(.*?)^```$', README, re.M | re.S)
-
-
-def block(name):
-    """Return the text of the block with that name."""
-    return dict(blocks())[name]
-
 
 def example(name):
     """Return the value of the JSON block with that name."""
@@ -487,6 +474,12 @@ def test_old_files_are_cleaned_up_where_they_are_but_no_lock():
         for path in (script.VDSM_STATE_DIR, script.VDSM_LOG_DIR)]
     assert all(re.fullmatch('[0-9]+d', row[5]) for row in rows)
     assert locks == ['x', script.VDSM_STATE_DIR + '/*.lock']
+
+
+@pytest.mark.skipif(not shutil.which('visudo'), reason='needs sudo')
+def test_sudo_understands_its_lines(tmp_path):
+    (tmp_path / 'sudoers').write_text(block('sudoers'))
+    assert subprocess.call(['visudo', '-c', '-q', '-f', str(tmp_path / 'sudoers')]) == 0
 
 
 # --- what is outside of the script -------------------------------------------------------

@@ -146,11 +146,21 @@ def test_progress_is_redrawn_in_place(wrapper, terminal):
 
 def test_rate_and_time_left_follow_from_the_progress(wrapper, terminal):
     job, = jobs_of(wrapper, 1)
+    job.copy(0)
     terminal.run(wrapper, '--watch')
     terminal.shows(lambda lines: '0%' in lines[0], 'the job')
     job.copy(10)
     lines = terminal.shows(lambda lines: '10%' in lines[0] and 'left' in lines[0], 'time left')
     assert '%/min' in lines[0]
+
+
+def test_what_comes_before_the_copies_tells_no_rate(wrapper, terminal):
+    job, = jobs_of(wrapper, 1)
+    terminal.run(wrapper, '--watch')
+    terminal.shows(lambda lines: '0%' in lines[0], 'the job')
+    job.update(disks=[{'path': '[ds] a', 'progress': 10}], disk_count=1, phase='Copying soon')
+    lines = terminal.shows(lambda lines: '10%' in lines[0], 'the progress')
+    assert '%/min' not in lines[0]
 
 
 def test_the_rate_is_in_bytes_where_sizes_are_known(wrapper, terminal):

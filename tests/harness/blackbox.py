@@ -216,6 +216,14 @@ class Wrapper:
         return valid_request(**dict({'export_domain': self.export_domain, 'vm_name': name},
                                     **overrides))
 
+    def request_file(self):
+        """Return an open file with such a request."""
+        path = os.path.join(self.directory, 'request.json')
+        with open(path, 'w') as stream:
+            json.dump(self.request(), stream)
+        os.chmod(path, 0o644)
+        return open(path, 'rb')
+
     def environment(self, **overrides):
         """Return the environment that the wrapper is started with; None takes one out."""
         environment = {

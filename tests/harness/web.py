@@ -51,7 +51,7 @@ class VmwareServer(WebServer):
         super().__init__(certificate, handler, model, self.address)
         self.disks = socket.socket()
         self.disks.bind((self.address, 902))
-        self.disks.listen(5)
+        self.disks.listen(1000)     # nobody takes them
         self.thumbprint = thumbprint(certificate)
 
     def __exit__(self, *exception):

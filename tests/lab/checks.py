@@ -8,6 +8,7 @@ from lab import LUKS_KEY, MIB, UNIT
 
 GIB = 1024 * MIB
 SLOW = 1000000      # bytes a second: a disk takes half a minute, time enough to kill it
+VERY_SLOW = 200000      # who begins first still copies when the last begins
 
 
 def is_copying(state):

@@ -64,7 +64,8 @@ class Engine(WebServer):
         self.faults, self.tokens, self.lock = set(), set(), threading.RLock()
         self.disks, self.transfers, self.vms, self.ovfs, self.jobs = {}, {}, {}, {}, {}
         self.cluster = thing("clusters", name="Default", cpu={"architecture": "x86_64"})
-        self.storage = thing("storagedomains", name="store", type="data", status="active")
+        self.storage = thing("storagedomains", name="store", type="data", status="active",
+                             available=str(5 << 30))
         self.center = thing("datacenters", "storagedomains", "clusters", name="Default")
 
     def sign_on(self, form):

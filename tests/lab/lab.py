@@ -270,12 +270,13 @@ class Lab:
         request.update(changes)
         return {key: value for key, value in request.items() if value is not None}
 
-    def run_wrapper(self, request, rate=0, **environment):
-        """Run the wrapper as an administrator would; return what subprocess.run() does."""
+    def run_wrapper(self, request, rate=0, *words, **environment):
+        """Run the wrapper, with these words of a command if any, as an administrator would; return
+        what subprocess.run() does."""
         return subprocess.run(
-            [WRAPPER, "--vddk-libdir", self.vddk(rate)], input=json.dumps(request),
+            [WRAPPER, "--vddk-libdir", self.vddk(rate)] + list(words), input=json.dumps(request),
             env=dict(administrators_environment(), **environment), universal_newlines=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
 
     def start(self, request, rate=0, **environment):
         """Start a conversion and return the `Job`; LabError if the wrapper refuses."""

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from checks import SLOW, assert_same_data, assert_secret_kept, failure
+from checks import SLOW, VERY_SLOW, assert_same_data, assert_secret_kept, failure
 from lab import GUESTS, LUKS_KEY, MIB, UNIT, parent, poll, run
 from ssh import agent
 from upload import upload_target
@@ -22,7 +22,6 @@ LAB1, LAB3, TWIN = GUESTS
 LUKS = {"device": "/dev/sda2", "key": LUKS_KEY}
 # What make-guest has in a system's initrd, and what a conversion has the guest write there.
 BEFORE, CONVERTED = "not an initrd\n", "an initrd with virtio\n"
-VERY_SLOW = 200000      # bytes a second: who begins first still copies when the last begins
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +228,11 @@ def test_endings_in_the_copy_leave_nothing_in_the_engine(lab, own_target):
     engine = own_target.engine
     with upload_target(lab) as dying:
         without_server = lab.start(lab.request("lab1", **dying.keys()), rate=SLOW)
-        jobs = {name: lab.start(lab.request("lab1", **own_target.keys(new_vm_name=name)),
-                                rate=VERY_SLOW) for name in ("told to end", "killed", "all killed")}
+        # The wrapper takes a guest for the same only if the URI is, too.
+        jobs = {name: lab.start(
+            lab.request("lab1", **own_target.keys(
+                new_vm_name=name, vmware_uri="%s&job=%d" % (lab.esx.uri(), number))),
+            rate=VERY_SLOW) for number, name in enumerate(("told to end", "killed", "all killed"))}
         without_server.wait(is_copying)
         dying.host.daemon.kill()
         states = {name: job.wait(is_copying) for name, job in jobs.items()}
