@@ -7,7 +7,7 @@ the libguestfs appliance), and libvirt's ESX driver. These are stand-ins:
 * the ESX server: esx.py, which answers what libvirt's driver asks;
 * VDDK: nbdkit-vddk-plugin.c, which serves local files under VDDK's names, at a chosen speed;
 * the guests: make-guest, disks that inspection takes for a Debian system;
-* the NFS client: mount.nfs, which binds a local directory;
+* the NFS client: mount.nfs, which binds a local directory (but see nfs.py);
 * the user vdsm and its directories, where the machine has none;
 * for uploads, the engine: see upload.py, which has the real SDK and the real image server.
 
@@ -157,9 +157,11 @@ class Lab:
     (a new one for each lab, to be looked for where it must not be), `work` (its directory).
     """
 
-    def __init__(self, say=print):
-        """Take a function that is told each step of the preparation."""
+    def __init__(self, say=print, packages=()):
+        """Take a function that is told each step of the preparation, and what of Debian's packages
+        is to be there besides, if it can be had."""
         self._say = say
+        self._packages = packages
         self._leaving = contextlib.ExitStack()
         self.password = "needle-" + secrets.token_hex(16)
 
@@ -170,7 +172,9 @@ class Lab:
             # vdsm must be able to read what is made here.
             stack.callback(os.umask, os.umask(0o022))
             with locked(CACHE):
-                install_packages(self._say)
+                install_packages(PACKAGES, self._say)
+                with contextlib.suppress(LabError):
+                    install_packages(self._packages, self._say)
                 self.store = build_store(self._say)
                 self.work = stack.enter_context(work_directory())
             self._say("starting the simulated ESX server")
@@ -202,7 +206,8 @@ class Lab:
 
         helpers = os.path.realpath("/sbin")
         write_copy(os.path.join(HERE, "mount.nfs"), os.path.join(self.layer(helpers), "mount.nfs"),
-                   {"@EXPORTS@": os.path.join(self.work, "exports")})
+                   {"@EXPORTS@": os.path.join(self.work, "exports"),
+                    "@NFS@": os.path.join(self.work, "nfs", "mount")})
         lay_over(helpers, self.layer(helpers))
 
         if not user_exists("vdsm"):
@@ -414,18 +419,18 @@ def is_debian():
     return False
 
 
-def missing_packages():
-    """Return those of PACKAGES that are not installed."""
-    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + PACKAGES
+def missing_packages(packages):
+    """Return those of the packages that are not installed."""
+    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + packages
     listed = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             universal_newlines=True).stdout.splitlines()
-    return [package for package in PACKAGES if package + " installed" not in listed]
+    return [package for package in packages if package + " installed" not in listed]
 
 
-def install_packages(say):
+def install_packages(packages, say):
     """Install what is missing; LabError if that fails."""
     say("looking for the packages")
-    missing = missing_packages()
+    missing = missing_packages(packages)
     if not missing:
         return
     say("installing %s" % ", ".join(missing))
