@@ -20,11 +20,11 @@ PACKAGES = ["nfs-ganesha", "nfs-ganesha-vfs", "rpcbind", "iproute2", "libnfs-dev
 
 HOST = "127.0.0.2"      # not 127.0.0.1, from where the lab's stand-in binds a directory
 CONFIGURATION = """
-NFS_CORE_PARAM {{ Protocols = 3; Enable_NLM = false; Enable_RQUOTA = false; }}
+NFS_CORE_PARAM {{ Protocols = 3, 4; Enable_NLM = false; Enable_RQUOTA = false; }}
 NFSv4 {{ Graceless = true; RecoveryRoot = {directory}; }}
 EXPORT {{
-    Export_Id = 1; Path = {exports}; Pseudo = /exports; FSAL {{ Name = VFS; }}
-    Access_Type = RW; Squash = root_squash; SecType = sys;
+    Export_Id = 1; Path = {exports}; Pseudo = {exports}; FSAL {{ Name = VFS; }}
+    Protocols = 3, 4; Access_Type = RW; Squash = root_squash; SecType = sys;
 }}
 """
 MOUNT = """\
@@ -62,27 +62,43 @@ def nfs_server(lab):
     exports = make_directory(os.path.join(lab.work, "exports"))
     run(["gcc", "-O2", "-Wall", "-I/usr/include/fuse3", "-o", directory + "/nfs-client",
          os.path.join(HERE, "nfs-client.c"), "-lfuse3", "-lnfs"])
-    with open(directory + "/ganesha.conf", "w") as stream:
-        stream.write(CONFIGURATION.format(directory=directory, exports=exports))
-    log = directory + "/ganesha.log"
-    portmapper = ["unshare", "--net", "sh", "-c", "ip link set lo up && exec rpcbind -f"]
-    with running(portmapper) as rpcbind:
-        wait_for(lambda: os.path.exists("/run/rpcbind.sock"), rpcbind, "rpcbind")
-        namespace = "/proc/%d/ns/net" % rpcbind.pid
-        with running(["nsenter", "--net=" + namespace, "ganesha.nfsd", "-F", "-L", log, "-f",
-                      directory + "/ganesha.conf", "-p", directory + "/ganesha.pid"]) as server:
-            wait_for(lambda: has(log, "NFS SERVER INITIALIZED"), server, "nfs-ganesha")
-            with open(directory + "/mount", "w") as stream:
-                stream.write(MOUNT.format(namespace=namespace, directory=directory))
-            os.chmod(directory + "/mount", 0o755)
-            try_mount(exports)
-            yield NfsServer(server)
+    with own_network() as namespace, ganesha(directory, exports, namespace) as server:
+        with open(directory + "/mount", "w") as stream:
+            stream.write(MOUNT.format(namespace=namespace, directory=directory))
+        os.chmod(directory + "/mount", 0o755)
+        try_mount(exports)
+        yield server
 
 
 @contextlib.contextmanager
-def running(command):
-    """Have a server run; it is killed at the end, also if it is stopped."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+def own_network():
+    """Have a network namespace that has its own loopback; gives its path."""
+    command = ["unshare", "--net", "sh", "-c", "ip link set lo up && echo && exec sleep infinity"]
+    with running(command, stdout=subprocess.PIPE) as process, process.stdout:
+        if not process.stdout.readline():
+            raise Unavailable("there can be no network namespace here")
+        yield "/proc/%d/ns/net" % process.pid
+
+
+@contextlib.contextmanager
+def ganesha(directory, exports, namespace="/proc/self/ns/net"):
+    """Have an `NfsServer` that keeps its own files in a directory, in a network namespace."""
+    with open(directory + "/ganesha.conf", "w") as stream:
+        stream.write(CONFIGURATION.format(directory=directory, exports=exports))
+    log = directory + "/ganesha.log"
+    enter = ["nsenter", "--net=" + namespace]
+    with running(enter + ["rpcbind", "-f"]) as rpcbind:
+        wait_for(lambda: os.path.exists("/run/rpcbind.sock"), rpcbind, "rpcbind")
+        with running(enter + ["ganesha.nfsd", "-F", "-L", log, "-f", directory + "/ganesha.conf",
+                              "-p", directory + "/ganesha.pid"]) as process:
+            wait_for(lambda: has(log, "NFS SERVER INITIALIZED"), process, "nfs-ganesha")
+            yield NfsServer(process)
+
+
+@contextlib.contextmanager
+def running(command, stdout=subprocess.DEVNULL):
+    """Have a process run; it is killed at the end, also if it is stopped."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout,
                                stderr=subprocess.DEVNULL)
     try:
         yield process
