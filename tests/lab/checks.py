@@ -23,6 +23,17 @@ def failure(state):
     return state["last_message"]["message"]
 
 
+def assert_succeeded(state, domain, guest):
+    assert state["started"] is True
+    assert state["finished"] is True
+    assert "failed" not in state
+    assert state["return_code"] == 0
+    assert state["disk_count"] == guest.disk_count
+    assert state["disks"] == [{"path": path, "progress": 100, "bytes": GIB}
+                              for path in guest.disk_paths()]
+    assert domain.vms() == [(guest.name, state["vm_id"], guest.disk_count)]
+
+
 def data_digest(path):
     """Return a digest of the data that conversion does not touch, behind the file system."""
     digest = hashlib.sha256()

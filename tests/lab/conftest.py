@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from lab import Lab, Unavailable    # noqa: E402
+import nfs                          # noqa: E402
 from ssh import ssh_server          # noqa: E402
 from upload import upload_target    # noqa: E402
 
@@ -24,7 +25,7 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def session_lab():
     try:
-        with Lab() as lab:
+        with Lab(packages=nfs.PACKAGES) as lab:
             yield lab
     except Unavailable as reason:
         pytest.skip(str(reason))
@@ -79,3 +80,13 @@ def ssh(session_lab):
     """The SSH service of the ESX server."""
     with ssh_server(session_lab) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def nfs_server(session_lab):
+    """An NFS server for export domains."""
+    try:
+        with nfs.nfs_server(session_lab) as server:
+            yield server
+    except Unavailable as reason:
+        pytest.skip(str(reason))

@@ -7,7 +7,7 @@ the libguestfs appliance), and libvirt's ESX driver. These are stand-ins:
 * the ESX server: esx.py, which answers what libvirt's driver asks;
 * VDDK: nbdkit-vddk-plugin.c, which serves local files under VDDK's names, at a chosen speed;
 * the guests: make-guest, disks that inspection takes for a Debian system;
-* the NFS client: mount.nfs, which binds a local directory;
+* the NFS client: mount.nfs, which binds a local directory (but see nfs.py);
 * the user vdsm and its directories, where the machine has none;
 * for uploads, the engine: see upload.py, which has the real SDK and the real image server.
 
@@ -160,9 +160,11 @@ class Lab:
     `recorders` (one for each job that was started).
     """
 
-    def __init__(self, say=print):
-        """Take a function that is told each step of the preparation."""
+    def __init__(self, say=print, packages=()):
+        """Take a function that is told each step of the preparation, and what of Debian's packages
+        is to be there besides, if it can be had."""
         self._say = say
+        self._packages = packages
         self._leaving = contextlib.ExitStack()
         self.password = "needle-" + secrets.token_hex(16)
         self.recorders = []
@@ -174,7 +176,9 @@ class Lab:
             # vdsm must be able to read what is made here.
             stack.callback(os.umask, os.umask(0o022))
             with locked(CACHE):
-                install_packages(self._say)
+                install_packages(PACKAGES + [KERNELS[distribution()]], self._say)
+                with contextlib.suppress(LabError):
+                    install_packages(self._packages, self._say)
                 self.store = build_store(self._say)
                 self.work = stack.enter_context(work_directory())
             self._say("starting the simulated ESX server")
@@ -208,7 +212,8 @@ class Lab:
 
         helpers = os.path.realpath("/sbin")
         write_copy(os.path.join(HERE, "mount.nfs"), os.path.join(self.layer(helpers), "mount.nfs"),
-                   {"@EXPORTS@": os.path.join(self.work, "exports")})
+                   {"@EXPORTS@": os.path.join(self.work, "exports"),
+                    "@NFS@": os.path.join(self.work, "nfs", "mount")})
         lay_over(helpers, self.layer(helpers))
 
         if not user_exists("vdsm"):
@@ -423,19 +428,18 @@ def distribution():
         return found and found.group(1)
 
 
-def missing_packages():
-    """Return the packages that are needed and not installed."""
-    wanted = PACKAGES + [KERNELS[distribution()]]
-    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + wanted
+def missing_packages(packages):
+    """Return those of the packages that are not installed."""
+    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + packages
     listed = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             universal_newlines=True).stdout.splitlines()
-    return [package for package in wanted if package + " installed" not in listed]
+    return [package for package in packages if package + " installed" not in listed]
 
 
-def install_packages(say):
+def install_packages(packages, say):
     """Install what is missing; LabError if that fails."""
     say("looking for the packages")
-    missing = missing_packages()
+    missing = missing_packages(packages)
     if not missing:
         return
     say("installing %s" % ", ".join(missing))

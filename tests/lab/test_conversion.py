@@ -13,7 +13,8 @@ import subprocess
 
 import pytest
 
-from checks import GIB, SLOW, assert_same_data, assert_secret_kept, failure, is_copying
+from checks import (
+    GIB, SLOW, assert_same_data, assert_secret_kept, assert_succeeded, failure, is_copying)
 from lab import GUESTS, MIB, VDSM, parent
 
 pytestmark = pytest.mark.lab
@@ -32,17 +33,6 @@ def started_copying(lab, domain, **changes):
     state = job.wait(is_copying)
     assert "finished" not in state
     return job, state
-
-
-def assert_succeeded(state, domain, guest):
-    assert state["started"] is True
-    assert state["finished"] is True
-    assert "failed" not in state
-    assert state["return_code"] == 0
-    assert state["disk_count"] == guest.disk_count
-    assert state["disks"] == [{"path": path, "progress": 100, "bytes": GIB}
-                              for path in guest.disk_paths()]
-    assert domain.vms() == [(guest.name, state["vm_id"], guest.disk_count)]
 
 
 def assert_image(path, fmt):
