@@ -170,6 +170,8 @@ def test_two_systems_are_refused_with_root_single(lab, target, failed):
 
 
 def test_a_failed_import_leaves_nothing_in_the_engine(lab, faulty, failed):
+    if run(["virt-v2v", "--version"]).startswith("virt-v2v 1."):
+        pytest.skip("virt-v2v 1.x does not ask how the import ended")
     assert "Failed to create a VM" in failure(failed["import"])
     assert (faulty.engine.vms, faulty.engine.disks) == ({}, {})
 
