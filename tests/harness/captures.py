@@ -13,8 +13,9 @@ INLINE_MESSAGE = re.compile(rb'(?<![^\r\n])\{ "message": [^\n]*\n')
 # steps of qemu-img's progress only the ends.
 OF_INTEREST = re.compile(
     rb"\[ *[0-9]+\.[0-9]\] |virt-v2v: error|% \[|\((0|100)\.00/100%|'vddk'|'file=|Opening file"
-    rb"|nbdcopy|OperatingSystemSection|kit: .*error: |virt-v2v: warning|virt-v2v: Exiting on"
-    rb"|nbd_get_size: leave|virtual disk size|^(RHV|ovirt): |^disk\.id|^transfer\.id|Error: ")
+    rb"|nbdcopy|OperatingSystemSection|kit(?:\[.*\])?: .*error: |virt-v2v: warning"
+    rb"|virt-v2v: Exiting on|nbd_get_size: leave|virtual disk size"
+    rb"|^(RHV|ovirt): |^disk\.id|^transfer\.id|Error: ")
 VERY_LONG = 2000
 
 

@@ -55,7 +55,18 @@ LOGIN = ("exception: libvirt: VIR_ERR_INTERNAL_ERROR: VIR_FROM_ESX: internal err
          " incorrect user name or password.")
 FULL = ('nbdcopy command failed, see earlier error messages (nbdkit: file.3: error: pwrite: No'
         ' space left on device; nbdcopy: write at offset 51904512 failed: No space left on device)')
+# In 2.10 of another wording, and nbdkit 1.48 names the file.
+FULL_2_10 = (
+    'nbdcopy exited with non-zero error code 1 (nbdkit: file.13: error: pwrite: /var/cache/virt-v2v'
+    '-wrapper-lab/run-mfbmlval/exports/tmp0pxzqcfu/2226da9f-7011-4a97-88ad-bef65e9e0be9/images/'
+    '13ff25c7-d50f-48ce-8695-0918b5f9cbf1/5b98c902-7cb4-40c7-a597-2561ac648e04: offset=137547776,'
+    ' count=77824: No space left on device; nbdcopy: write at offset 137363456 failed: No space'
+    ' left on device)')
+THUMBPRINT = ('libguestfs error: guestfs_launch failed, see earlier error messages (nbdkit[in0]:'
+              ' vddk[1]: error: VixDiskLib_Open: the thumbprint does not match the server)')
 STOPPED = 'virt-v2v was told to stop by SIGTERM'
+LAB3 = [('[ds] lab3/lab3.vmdk', 100), ('[ds] lab3/lab3_1.vmdk', 100),
+        ('[ds] lab3/lab3_2.vmdk', 100)]
 
 CONVERSIONS = {
     '2.2.0-vddk-three-disks': Conversion(
@@ -80,6 +91,13 @@ CONVERSIONS = {
     '2.10.0': Conversion(
         True, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
         '290bb2e7-8dcf-4f20-820d-16947ed1bbda'),
+    '2.10.0-vddk-three-disks': Conversion(
+        True, LAB3, 3, 'Finishing off', None, 'd4e859c7-cbec-48c8-8124-5de9b1a2f6b9'),
+    '2.10.0-vddk-bad-thumbprint': Conversion(True, [], 0, 'Opening the source', THUMBPRINT, None),
+    '2.10.0-vddk-disk-full': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', FULL_2_10, None),
+    '2.10.0-vddk-sigterm': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
     '1.40.2': Conversion(
         False, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
         '9a070ebc-048f-4e3b-a412-e2f72f8fdbc1'),
@@ -140,6 +158,8 @@ def test_listed_disks_stand_in_for_those_that_nothing_names(name):
 @pytest.mark.parametrize('name, return_code, text', [
     ('2.2.0-vddk-disk-full', 1, FULL),
     ('2.2.0-vddk-sigterm', 1, STOPPED),
+    ('2.10.0-vddk-disk-full', 1, FULL_2_10),
+    ('2.10.0-vddk-sigterm', 1, STOPPED),
     ('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL'),
 ])
 def test_the_final_state_says_why_it_failed(name, return_code, text):
