@@ -2422,15 +2422,16 @@ Job = namedtuple('Job', 'request host capability arguments environment scratch o
                         ' output_log state paths')
 
 
-def clean_up(remove, state):
+def clean_up(remove, state, stuck=()):
     """Remove what the failed job of `state` has made in its target: `remove` takes the state.
 
-    In a process of its own, because storage may hang. Returns what is left, a list of texts, and
-    whether the new VM is complete: then all belongs to that, and stays.
+    In a process of its own, because storage may hang; not if processes are `stuck`, because then it
+    does, and they may still write there. Returns what is left, a list of texts, and whether the new
+    VM is complete: then all belongs to that, and stays.
     """
     made = state.get('images', []) + state.get('upload', {}).get('disks', [])
-    if not made:
-        return [], False
+    if stuck or not made:
+        return made, False
     answer = Channel()
 
     def child():
@@ -2457,7 +2458,7 @@ def conclude(job, pid, read_on, document, reason):
     so far, and may raise OSError; `reason` says why the wrapper ended virt-v2v, None if it did not.
     """
     return_code, complain, give_up = None, 0.0, time.monotonic() + FINAL_WRITE_PATIENCE
-    cleaned = ()
+    stuck = cleaned = ()
     while time.monotonic() < give_up:
         try:
             stuck = end_descendants(keep=pid)
@@ -2467,7 +2468,7 @@ def conclude(job, pid, read_on, document, reason):
             state = document()
             if 'finished' not in state:
                 if return_code != 0:
-                    cleaned = cleaned or clean_up(job.host.target.clean_up, state)
+                    cleaned = cleaned or clean_up(job.host.target.clean_up, state, stuck)
                 job.state.write(finished_document(state, return_code, reason, stuck, *cleaned),
                                 durable=True)
             LOG.write('INFO', 'virt-v2v ended with {}', return_code)
@@ -2484,7 +2485,7 @@ def conclude(job, pid, read_on, document, reason):
     remove_tree(job.scratch)
     job.state.release()
     # Not before: the export domain may be what hangs.
-    if return_code != 0:
+    if return_code != 0 and not stuck:
         for path in job.host.target.new():
             LOG.write('WARNING', 'new in the export domain since the start, perhaps left by this'
                                  ' conversion: {}', path)
@@ -3213,7 +3214,8 @@ def tell_to_stop(view):
 
 def cancel(paths):
     """End jobs, and wait for that. Returns an exit status; raises HostError if some have not."""
-    problems, waiting, patience = [], [], STOP_GRACE + END_PATIENCE + 10
+    problems, waiting = [], []
+    patience = STOP_GRACE + END_PATIENCE + CLEAN_PATIENCE + 2 * SERVER_PATIENCE
     for path in paths:
         try:
             view = View(path)

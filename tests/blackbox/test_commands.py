@@ -267,7 +267,7 @@ def test_root_lists_the_jobs_of_vdsm(root_wrapper):
 @pytest.fixture
 def impatient(wrapper):
     """The wrapper, but it waits for little time only."""
-    tamper(wrapper, 'module.STOP_GRACE = module.END_PATIENCE = -4.5')
+    tamper(wrapper, 'module.STOP_GRACE = module.END_PATIENCE = module.CLEAN_PATIENCE = -19 / 3')
     return wrapper
 
 

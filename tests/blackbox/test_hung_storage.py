@@ -12,8 +12,9 @@ import processes
 from eventually import eventually
 from faults import guardian, last_message, tamper
 from jobs import is_running, wait_ended
-from virt_v2v import fill, fork, leave, phase, reach, wait
+from virt_v2v import fill, fork, leave, phase, reach, stdout, wait
 
+UUID = '0c8d2c6a-0000-4000-8000-0123456789ab'
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
@@ -109,6 +110,34 @@ def test_the_wrapper_goes_while_a_child_sleeps(wrapper, sleeping, number):
     wait_finished(sleeping)
     eventually(lambda: set(wrapper.processes()) == {process}, 'the wrapper is gone')
     assert processes.status(process)['State'].startswith('D')
+
+
+def make_domain(wrapper, storage):
+    """Make an export domain in the storage."""
+    for name in ('images', 'master/vms'):
+        os.makedirs(os.path.join(storage.directory, UUID, name))
+    for directory, names, _ in os.walk(storage.directory):
+        for name in names:
+            os.chown(os.path.join(directory, name), wrapper.user.pw_uid, wrapper.user.pw_gid)
+
+
+@pytest.mark.promise(4)
+def test_the_wrapper_goes_while_its_export_domain_hangs(wrapper, storage):
+    """What the job has made there is named, since nobody can remove it now."""
+    tamper(wrapper, 'module.END_PATIENCE = 1.0')
+    make_domain(wrapper, storage)
+    wrapper.virt_v2v.play(phase('Setting up the destination: -o rhv'),
+                          stdout(b'RHV: disk: /x/images/%s/y\n' % UUID.encode()), fork(look()),
+                          reach('running'), wait('end'), leave(1))
+    job = wrapper.start(wrapper.request(export_domain=storage.directory))
+    wrapper.virt_v2v.wait_for('running')
+    job.wait_state(lambda state: 'images' in state, 'the image is in the state')
+    process = child(job)
+    storage.hang()
+    eventually(lambda: process in storage.waiting(), 'the child sleeps')
+    wrapper.virt_v2v.let('end')
+    assert wait_finished(job)['left_behind'] == [UUID]
+    eventually(lambda: set(wrapper.processes()) == {process}, 'the wrapper is gone')
 
 
 @pytest.mark.promise(4)
@@ -241,11 +270,7 @@ def test_a_signal_ends_a_start_that_hangs(wrapper, storage, number):
 @pytest.mark.promise(6)
 def test_a_start_that_was_given_up_begins_nothing_later(wrapper, storage):
     tamper(wrapper, IMPATIENT)
-    for name in ('images', 'master/vms'):
-        os.makedirs(os.path.join(storage.directory, '0c8d2c6a-0000-4000-8000-0123456789ab', name))
-    for directory, names, _ in os.walk(storage.directory):
-        for name in names:
-            os.chown(os.path.join(directory, name), wrapper.user.pw_uid, wrapper.user.pw_gid)
+    make_domain(wrapper, storage)
     answer_of(storage, begin_hung(wrapper, storage, export_domain))
     storage.release()
     wrapper.wait_gone()
