@@ -28,15 +28,20 @@ class Waiting:
         self.process = wrapper.popen(*(wrapper.arguments + ['--wait']), **keywords)
         self.process.stdin.write(json.dumps(wrapper.request()).encode())
         self.process.stdin.close()
+        self.process.stdin = None
         self.job = blackbox.Job(0, self.process.stdout.readline(), b'')
         wrapper.virt_v2v.wait_for('waiting')
 
     def ending(self):
         """Return its status when it ends, and the job's last state."""
         with self.process:
-            assert self.process.stderr.read() == b''
-            status = self.process.wait(60)
-        return status, self.job.state()
+            try:
+                _, stderr = self.process.communicate(timeout=60)
+            except BaseException:
+                self.process.kill()
+                raise
+        assert stderr == b''
+        return self.process.returncode, self.job.state()
 
 
 def test_wait_stays_until_the_job_has_converted(wrapper):

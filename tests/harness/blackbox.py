@@ -246,8 +246,9 @@ class Wrapper:
         prepare is called in the new process before it becomes the caller.
         """
         def prepare_process():
-            # A worker of pytest-xdist ignores it; a caller does not.
+            # A worker of pytest-xdist ignores the first, nohup the second; a caller does not.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             if prepare is not None:
                 prepare()
             become(self.caller, umask)
