@@ -430,7 +430,7 @@ def distribution():
 
 def missing_packages(packages):
     """Return those of the packages that are not installed."""
-    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + packages
+    query = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"] + list(packages)
     listed = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             universal_newlines=True).stdout.splitlines()
     return [package for package in packages if package + " installed" not in listed]
