@@ -3286,6 +3286,11 @@ def look_after_jobs(options, asked):
 
 # --- Main: arguments, what is printed, exit status
 
+_USAGE = """\
+%(prog)s [OPTION...] [--check | --wait] < request.json
+       %(prog)s [OPTION...] --list | --watch [STATE...]
+       %(prog)s --cancel STATE...
+"""
 _DESCRIPTION = """\
 Start the conversion of a VMware guest for oVirt with virt-v2v. The request is a
 JSON object on standard input. The answer, on standard output, is a JSON object
@@ -3328,7 +3333,7 @@ def parse_arguments(arguments):
             textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
                           initial_indent='  {:21}'.format(rule.key), subsequent_indent=' ' * 23)
             for rule in rules]
-    parser = ArgumentParser(prog=PROGRAM + '.py', description=_DESCRIPTION,
+    parser = ArgumentParser(prog=PROGRAM + '.py', usage=_USAGE, description=_DESCRIPTION,
                             epilog='\n'.join(keys + ['', _EPILOG]),
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)
