@@ -354,7 +354,7 @@ def test_a_time_is_utc(monkeypatch):
     monkeypatch.setenv('TZ', 'XXX-05:30')
     time.tzset()
     try:
-        before = int(time.time())
+        before = int(time.time()) - 1       # gmtime() takes the clock of the last tick
         told = calendar.timegm(time.strptime(timestamp(), '%Y-%m-%dT%H:%M:%SZ'))
         assert before <= told <= time.time()
     finally:
