@@ -2987,8 +2987,8 @@ def launch(request, options):
     except TimeoutError:
         end_guardian(guardian_pid, PRINT_PATIENCE)
         raise HostError((told, 'does not answer')) from None
-    if told is None:
-        end_guardian(guardian_pid, 0)   # it was killed
+    if not isinstance(told, dict):      # it goes, or was killed
+        end_guardian(guardian_pid, END_PATIENCE)
     told = expect_success(told)
     if request.ignored:
         told['ignored_keys'] = request.ignored
