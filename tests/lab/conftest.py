@@ -22,6 +22,16 @@ def pytest_addoption(parser):
                      help="copy logs and states of each test of the lab to a directory of DIR")
 
 
+SUMMARIES = []      # a line for each job
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show what the recorders saw."""
+    if SUMMARIES:
+        terminalreporter.section("state files")
+        terminalreporter.write("\n".join(SUMMARIES) + "\n")
+
+
 @pytest.fixture(scope="session")
 def session_lab():
     try:
@@ -39,6 +49,7 @@ def lab(session_lab, request):
     recorders, session_lab.recorders = session_lab.recorders, []
     for recorder in recorders:
         recorder.end()
+        SUMMARIES.append("%s: %s" % (request.node.name, recorder.summary()))
         keep(recorder, request)
     session_lab.wait_idle(seconds=10)
     assert os.listdir("/var/tmp") == ["v2v-cache-36"]
