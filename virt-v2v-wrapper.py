@@ -5,12 +5,12 @@ A JSON request on standard input starts one conversion, a job. The command answe
 JSON object, the paths of two logs and of a state file, and leaves. The job goes on in the
 background; the state file follows it until the key "finished" appears in it.
 
-What it promises:
+What a start promises:
 
 * Paths are printed if and only if virt-v2v was executed and the state file exists. Otherwise
   standard error has one line for each problem, and the exit status is not 0.
-* The state file is complete JSON at every moment, and every ending is published in it: at once if
-  any process of the job is left, else by the next start.
+* The state file is complete JSON at every moment, and every ending is published in it: as soon as
+  it can be written if any process of the job is left, else by the next start, or --list.
 * A job is alive exactly as long as its lock file is locked.
 * No password or key is in an argument list, environment, log or named file.
 * Whoever starts it, virt-v2v runs without privileges: started as root, as user vdsm.
@@ -29,18 +29,19 @@ Three processes, all of them this script:
     virt-v2v   -- output pipe  --> OutputLog, Lines -->\
                -- message pipe ------------> Lines --> Parser -> events -> Progress -> StateFile
 
-With --check, the guardian answers with what look_at_source() has found, and starts nothing.
-
 The launcher does what only root or the caller's own process can do, and waits with a limit: no file
 system that hangs can hang the caller. The guardian makes, before it forks the monitor, all that
 both need: lock, logs, pipes. Afterwards it touches no file while the monitor lives. Answer and
-report are pipes for lines of JSON; Facts are what the report says of a job that runs.
+report are pipes for lines of JSON: paths and Facts are objects, problems are lists. Before them,
+the answer has texts, what the guardian looks at now, so that the launcher can say what hangs.
+With --check, the guardian answers with what look_at_source() has found, and starts nothing.
 
 How a job ends:
 
     virt-v2v ends, or is killed    the monitor publishes that
     TERM, INT or HUP               to guardian or monitor: virt-v2v gets TERM, 45 s later KILL
-    the monitor is killed          the kernel kills virt-v2v, the guardian publishes that
+    the monitor is killed          the kernel kills virt-v2v, the guardian publishes that; the same
+                                   if the monitor fails by a mistake of ours
     the guardian is killed         the monitor goes on; during the start the job is stopped
     all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
@@ -48,20 +49,22 @@ How a job ends:
 Processes that virt-v2v leaves become children of the monitor, or of the guardian, and are ended.
 What a failed job has made in its target is removed by whoever publishes the end: see conclude().
 
-The rooms of this file follow that story, and each uses only what is above it:
+Each room of this file uses only what is above it, so the processes come last:
 
-    errors and log; request; output; causes; progress; command: what goes in decides what comes out
-    processes; places; files: thin layers above the kernel
+    errors and log
+    request; output; causes; progress; command: what goes in decides what comes out
+    processes; places; source; target; files: thin layers above the kernel and other hosts
     job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
     monitor, guardian, launcher: the three processes, each to be read from top to bottom
     jobs: --list, --watch, --cancel and --wait, which see jobs through their files
     main: arguments, what is printed, exit status
 
-A new key of the request is a row of _COMMON, or of its transport or target, and its use in
-make_arguments(). A new transport or target has its keys in _TRANSPORTS or _TARGETS, its arguments
-in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, and its checks in SOURCES or TARGETS. A new thing that
-virt-v2v says is a row in _TABLE and, if it is a new kind of event, a method of Progress. A check of
-the host belongs in check_host().
+A new key of the request is a row of _COMMON, or of its transport or target, and its use, mostly in
+make_arguments(); a secret one is named in secrets_of(), too. A new transport or target has its keys
+in _TRANSPORTS or _TARGETS, its arguments in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, its checks in
+SOURCES or TARGETS; a target is a class like ExportDomain. A new thing that virt-v2v says is a row
+of _TABLE and, if it is a new kind of Event, a method of Progress. A check of the host belongs in
+check_host().
 
 It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
@@ -111,7 +114,7 @@ MAX_ANNOUNCED = 1000
 # What a program may answer. The longest answer in the field, virt-v2v's options, is 2 KiB long.
 MAX_ANSWER = 1 << 16
 CHUNK = 1 << 16             # what is read at once
-SMALL_CHUNK = 1 << 10       # what is parsed line by line, if it matters at all
+PIECE = 1 << 10             # what is parsed line by line, if anything in it can matter
 
 # Seconds.
 PUBLISH_INTERVAL = 0.1      # between two writes of mere progress
@@ -127,7 +130,8 @@ PROBE_PATIENCE = 30.0       # for virt-v2v to tell what it can do: it needs 0.05
 MOUNT_PATIENCE = 60.0
 SERVER_PATIENCE = 10.0      # for an answer of oVirt's engine, or of VMware's server
 SOURCE_PATIENCE = 60.0      # for virt-v2v to tell what a guest has: it needs seconds
-CLEAN_PATIENCE = 50.0       # for what a failed job has made to be removed from its target
+CLEAN_PATIENCE = 60.0       # for what a failed job has made to be removed from its target
+CANCEL_PATIENCE = STOP_GRACE + END_PATIENCE + CLEAN_PATIENCE + 10       # for a job to end
 PRINT_PATIENCE = 5.0        # for a caller that does not read what it asked for
 FINAL_WRITE_PATIENCE = 3600.0       # how long the final state waits for room on its file system
 LOOK_INTERVAL = 0.5         # between two looks at jobs that somebody watches or waits for
@@ -270,10 +274,11 @@ LOG = Log()
 class Secret:
     """A text that no message, log or repr shows."""
 
-    __slots__ = ('_text', '_fd')
+    __slots__ = ('_text', 'fd')
 
     def __init__(self, text):
-        self._text, self._fd = text, None
+        self._text = text
+        self.fd = None          # of the file in memory that holds it, as soon as there is one
 
     def __repr__(self):
         return '***'
@@ -285,33 +290,28 @@ class Secret:
         """Move the text into a file in memory, which has no name. Raises HostError."""
         with blaming('memory for a password'):
             if hasattr(os, 'memfd_create'):                 # Python 3.8
-                self._fd = os.memfd_create(PROGRAM)         # novm
+                self.fd = os.memfd_create(PROGRAM)         # novm: vermin(1) is to accept it
             else:
-                self._fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
-            os.fchmod(self._fd, 0o400)
-            write_all(self._fd, self._text.encode('utf-8'))
+                self.fd = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE, 0o400)
+            os.fchmod(self.fd, 0o400)
+            write_all(self.fd, self._text.encode('utf-8'))
         self._text = None
-
-    @property
-    def fd(self):
-        """The descriptor of that file, None if there is none."""
-        return self._fd
 
     @property
     def path(self):
         """Where that file can be opened by us, and by who inherits the descriptor."""
-        return '/proc/self/fd/{}'.format(self._fd)
+        return '/proc/self/fd/{}'.format(self.fd)
 
     def read(self):
         """Return the text."""
-        if self._fd is None:
+        if self.fd is None:
             return self._text
-        return os.pread(self._fd, MAX_REQUEST, 0).decode('utf-8')
+        return os.pread(self.fd, MAX_REQUEST, 0).decode('utf-8')
 
     def close(self):
         """Close the descriptor."""
-        os.close(self._fd)
-        self._fd = None
+        os.close(self.fd)
+        self.fd = None
 
 
 _HOST = r"(?: [A-Za-z0-9][A-Za-z0-9._-]* | \[[0-9A-Fa-f:.]+\] ) (?: : [0-9]{1,5} )?"
@@ -354,6 +354,16 @@ def _text(value, pattern='.*'):
 
 def _like(pattern):
     return lambda value: _text(value, pattern)
+
+
+def _address(pattern):
+    """Return what takes a URI as `pattern` says, whose port can be one."""
+    def take(value):
+        port = re.match('[^/?]*//[^/?]*:([0-9]{1,9})([/?]|$)', value)
+        if port and int(port.group(1)) > 0xffff:
+            raise _Wrong('a port is at most 65535')
+        return _text(value, pattern)
+    return take
 
 
 def _one_of(*values):
@@ -496,14 +506,14 @@ _TRANSPORTS = OrderedDict(
     vddk=_rules(
         ('vm_name', _MANDATORY, _text,
          'a non-empty string of at most 4096 bytes without control characters'),
-        ('vmware_uri', _MANDATORY, _like(_URI),
+        ('vmware_uri', _MANDATORY, _address(_URI),
          'a libvirt URI esx://USER@HOST... or vpx://USER@HOST... without a password'),
         ('vmware_password', _MANDATORY, _secret, 'a non-empty string without NUL or line ends'),
         ('vmware_password_file', None, _like('/.*'), 'an absolute path'),
         ('vmware_fingerprint', _MANDATORY, _fingerprint,
          '20 or 32 colon-separated pairs of hex digits')),
     ssh=_rules(
-        ('vm_name', _MANDATORY, _like(_VMX_URI),
+        ('vm_name', _MANDATORY, _address(_VMX_URI),
          'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
         ('ssh_key', None, _private_key, 'the text of a private key that needs no passphrase')))
 # The keys of each place to write it to. The first of them is what tells the target.
@@ -512,7 +522,7 @@ _TARGETS = OrderedDict(
         ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
          'HOST:/PATH or an absolute directory, without blanks or control characters')),
     rhv_upload=_rules(
-        ('rhv_url', _MANDATORY, _like(_ENGINE_URL),
+        ('rhv_url', _MANDATORY, _address(_ENGINE_URL),
          'https://[USER@]HOST[:PORT]/ovirt-engine/api without a password'),
         ('rhv_password', _MANDATORY, _engine_password,
          'a non-empty string without NUL, line ends, or white space at its end'),
@@ -747,10 +757,9 @@ _STAGES = (
     ('Creating output metadata', _METADATA),
     ('Finishing off', _METADATA),
 )
-# Versions without messages: believed at every stage. Their errors may come at any time.
-_LEGACY = 'legacy'
-# Only in versions with messages, or only in those without.
-_MESSAGES, _LINES = 'messages', 'lines'
+# Beside stages: what counts only in versions with messages, and what in those without counts at
+# every stage, as their errors may come at any time.
+_MESSAGES, _LEGACY = 'messages', 'legacy'
 _TRUSTED = {_SETUP, _OPENING, _TARGET, _COPYING, _METADATA}
 
 _PHASE_LINE = rb'\[ *[0-9]{1,9}\.[0-9]\] (.+)'      # "[%6.1f] %s"; kernels show more decimals
@@ -762,7 +771,8 @@ def _uuid(data):
 
 
 # What is understood: the stages in which a line may be believed, a literal to find it by, the
-# pattern of the whole line, the event, and what makes its value of the group in the pattern.
+# pattern of the whole line, the event, and what makes its value of the group in the pattern; an
+# error or a warning is told by a message, or may go on in the next line.
 _Row = namedtuple('_Row', 'stages literal pattern event make')
 _TABLE = tuple(_Row(*row) for row in (
     # 1.38 to 2.7.15: LANG=C 'nbdkit' '--exit-with-parent' ... 'vddk' ... 'file=[ds] vm/vm.vmdk' ...
@@ -810,9 +820,9 @@ _TABLE = tuple(_Row(*row) for row in (
     ({_OPENING}, b'find key to open', rb'(?:/.*/)?virt-v2v: (could not find key to open LUKS .*)',
      'farewell', clean),
     # virt-v2v: warning: don't know how to install guest tools on debian-12
-    (_TRUSTED | {_LINES}, b'virt-v2v: warning: ', rb'virt-v2v: warning: (.*)', 'warning', bytes),
+    (_TRUSTED, b'virt-v2v: warning: ', rb'virt-v2v: warning: (.*)', 'warning', None),
     # virt-v2v: error: nbdcopy command failed, see earlier error messages
-    (_TRUSTED | {_LEGACY}, b': err', rb'virt-v2v: error: (.*)', 'error', bytes),
+    (_TRUSTED | {_LEGACY}, b': err', rb'virt-v2v: error: (.*)', 'error', None),
     # nbdkit: vddk[4]: error: VixDiskLib_ReadAsync: ...; from 1.46 on: nbdkit[in0]: error: ...
     (_TRUSTED, b': err',
      rb'(nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: (?!.*: Traceback ).+)',
@@ -858,7 +868,8 @@ class Lines:
 
     def end(self):
         """Return the last line if nothing ended it, as take does."""
-        return self._rest
+        rest, self._rest = self._rest, b'\n'
+        return rest
 
 
 def copying_disk(text):
@@ -872,15 +883,16 @@ class Parser:
     """Makes events of what virt-v2v and the programs below it print, and of its messages."""
 
     def __init__(self, has_messages):
+        self._has_messages = has_messages
         # Texts of phases, in bytes, whose message has come and whose line has not.
-        self._announced = deque(maxlen=MAX_ANNOUNCED) if has_messages else None
+        self._announced = deque(maxlen=MAX_ANNOUNCED)
         self._begin(_SETUP)
-        self._copies = 0        # how many have begun
+        self._copies = 0            # how many have begun
         self._message_lines = Lines(MAX_MESSAGE_LINE)
         self._lines = Lines(MAX_LINE)
-        self._target = []       # text of the phase in which the target is prepared
-        self._begun = None      # event and text of an error or warning that goes on
-        self._farewell = []     # an event that counts if no phase follows
+        self._target_phases = []    # those texts in which the target is prepared
+        self._begun = None          # event and text of an error or warning that goes on
+        self._farewell = []         # an event that counts if no phase follows
 
     def messages(self, chunk):
         """Return the events in what was read last from the pipe of messages."""
@@ -895,7 +907,7 @@ class Parser:
             event = Event(name, clean(text))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None         # a message of another type, or none at all
-        if name == 'phase' and event.value and self._announced is not None:
+        if name == 'phase' and event.value and self._has_messages:
             self._announced.append(text.strip('\n').partition('\n')[0].encode('utf-8', 'replace'))
         return event
 
@@ -908,31 +920,37 @@ class Parser:
         events = self._parse(self._lines.end() + b'\n')
         if self._begun:
             events.append(Event(self._begun[0], clean(self._begun[1])))
-        for text in list(self._announced or ()):
+            self._begun = None
+        # It may have ended before the line came that says when.
+        for text in list(self._announced):
             events += [event for event in self._enter(text) if event.name == 'disk']
         return events + self._farewell
 
-    def _parse(self, lines, near=None):
-        # Most parts have nothing in them that can matter now, and this is how that is seen fast:
-        # what the whole has not, no part of it has.
-        rows = self._rows
-        near = [row for row in (rows if near is None else near) if row.literal in lines]
+    def _parse(self, lines, rows=None):
+        """Return the events in whole lines; `rows` are those that their surroundings can match.
+
+        Most of a log cannot matter, and of a whole chunk that is seen fast. So one that can is
+        halved until its lines are few, and each half is asked for what the whole had.
+        """
+        stage_rows = self._rows
+        near = [row for row in (stage_rows if rows is None else rows) if row.literal in lines]
         if not (near or self._begun or self._may_have_phase(lines)):
             return []
         middle = lines.find(b'\n', len(lines) // 2)
-        if len(lines) > SMALL_CHUNK and middle > 0:
+        if len(lines) > PIECE and middle > 0:
             events = self._parse(lines[:middle], near)
-            return events + self._parse(lines[middle:], near if self._rows is rows else None)
+            same_stage = self._rows is stage_rows       # else the second half is asked for more
+            return events + self._parse(lines[middle:], near if same_stage else None)
         self._near = near
         return [event for line in lines.replace(b'\r', b'\n').split(b'\n')
                 for event in self._line(line[:MAX_LINE])]
 
     def _may_have_phase(self, lines):
-        if self._announced is None:
+        if not self._has_messages:
             return (re.search(b'\n' + _PHASE_LINE, lines)          # both at once take twice as long
                     or re.search(b'\r' + _PHASE_LINE, lines))
         return ((b'\n[' in lines or b'\r[' in lines)
-                and any(text in lines for text in [*self._announced, *self._target]))
+                and any(text in lines for text in [*self._announced, *self._target_phases]))
 
     def _line(self, line):
         """Return the events in one line."""
@@ -955,9 +973,9 @@ class Parser:
     def _enter(self, text):
         """The line of phase `text` (bytes) has come: go to its stage, if it may be believed."""
         number, _ = copying_disk(text.decode('utf-8', 'replace')) or (0, 0)
-        if self._announced is not None:
+        if self._has_messages:
             # A guest may know what will be announced; but its line never comes before the message.
-            if text in self._target:
+            if text in self._target_phases:
                 return [Event('forged', None)]
             if text not in self._announced or number and number != self._copies + 1:
                 return []
@@ -967,23 +985,21 @@ class Parser:
         stage = next((stage for start, stage in _STAGES
                       if text.startswith(start.encode('ascii'))), _GUEST)
         self._begin(stage)
-        self._target += [text] if stage == _TARGET else []
+        self._target_phases += [text] if stage == _TARGET else []
         event = Event('disk', number) if number else Event('idle', None)
-        return [event] if self._announced is not None else [Event('phase', clean(text)), event]
+        return [event] if self._has_messages else [Event('phase', clean(text)), event]
 
     def _begin(self, stage):
-        legacy = self._announced is None
         # What is understood now, and of that what may be in these lines.
-        self._rows = self._near = [
-            row for row in _TABLE
-            if stage in row.stages and (_MESSAGES if legacy else _LINES) not in row.stages
-            or legacy and _LEGACY in row.stages]
+        self._rows = self._near = [row for row in _TABLE if (
+            stage in row.stages if self._has_messages else
+            stage in row.stages and _MESSAGES not in row.stages or _LEGACY in row.stages)]
 
     def _wrapped(self, name, text):
         """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
         if name == 'error':
             self._begin(_OVER)          # what nbdkit says from now on is no cause of it
-        if self._announced is not None:
+        if self._has_messages:
             return []
         text = (self._begun[1] if self._begun else b'') + text
         goes_on = (not text or text.endswith(b' ')) and len(text) < MAX_MESSAGE
@@ -1065,7 +1081,7 @@ class Disk:
 
 
 class Progress:
-    """All that is known of a conversion. Each kind of event is listed, or has a method."""
+    """All that is known of a conversion. Each kind of Event is listed, or has a method."""
 
     def __init__(self, listed):
         """`listed` are the request's source_disks, a tuple."""
@@ -1088,12 +1104,10 @@ class Progress:
             getattr(self, event.name)(event.value)
 
     def phase(self, text):
-        """virt-v2v does something else now."""
         self._phase = text
         self._count = (copying_disk(text) or (0, self._count))[1]
 
     def disk(self, number):
-        """The copying of the disk of this number begins."""
         self.idle(None)
         if number > max([0] + [disk.number for disk in self._disks]):
             for disk in self._disks:
@@ -1119,17 +1133,14 @@ class Progress:
         return Disk(number, path, sure=False)
 
     def percent(self, value):
-        """So much of the current disk is copied."""
         if self._current:
             self._current.percent = min(100, max(self._current.percent, value))
 
     def source(self, path):
-        """This is the next disk in the guest's order."""
         if path not in self.sources:
             self.sources.append(path)
 
     def opened(self, path):
-        """The current disk is this one."""
         disk = self._current
         if not disk or path in [other.path for other in self._disks]:
             return
@@ -1138,7 +1149,6 @@ class Progress:
             disk.path, disk.sure = path, True
 
     def error(self, text):
-        """virt-v2v says why it fails."""
         self._error = text
 
     def cause(self, text):
@@ -1146,7 +1156,6 @@ class Progress:
         self._causes.setdefault(re.match(r'[\w.-]*', text).group(), text)
 
     def warning(self, text):
-        """virt-v2v warns."""
         if text not in self.warnings and len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(text)
 
@@ -1159,7 +1168,6 @@ class Progress:
         self._found = {name: [] for name in self._found}
 
     def vm_id(self, uuid):
-        """The new VM has this UUID."""
         self._vm_id = uuid
 
     def message(self):
@@ -1443,7 +1451,8 @@ def shed_inheritance():
         stream.write('0')
     # What a shell limits for its user, or a service for itself, is not meant for a conversion.
     for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS):
-        resource.setrlimit(kind, resource.getrlimit(kind)[1:] * 2)
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (hard, hard))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_DESCRIPTORS)), hard))
     with suppress(OSError), open('/proc/self/oom_score_adj', 'r+') as stream:
@@ -1648,14 +1657,15 @@ def end_descendants(keep=None):
         time.sleep(0.002)
 
 
-# --- Places: who we are, which directories, which export domain
+# --- Places: who we are, which directories, which programs
 
 # The directories that the caller chose, None if not given; whether nothing is to be started.
 Options = namedtuple('Options', 'log_dir state_dir vddk_libdir check')
 # What check_host has found: `target` is an ExportDomain or Upload, `libdir` that of the VDDK or
-# None, `virt_v2v` a path (bytes), the directories are (path, descriptor), `drivers` a path (bytes)
-# or None.
-Host = namedtuple('Host', 'target libdir virt_v2v log_dir state_dir drivers')
+# None, `virt_v2v` a path (bytes), `logs` and `states` are Directories, `drivers` a path (bytes) or
+# None.
+Host = namedtuple('Host', 'target libdir virt_v2v logs states drivers')
+Directory = namedtuple('Directory', 'path fd')
 
 
 def as_text(path):
@@ -1679,7 +1689,8 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
             raise HostError(('user', 'there is no user {} on this host'.format(who))) from None
         if entry.pw_uid == 0:
             raise HostError(('user', 'user {} is root'.format(entry.pw_name)))
-        return cls(entry.pw_name, entry.pw_uid, uid and os.getegid() or entry.pw_gid, entry.pw_dir)
+        own = os.getegid() if uid else 0        # group 0 is left for the account's own
+        return cls(entry.pw_name, entry.pw_uid, own or entry.pw_gid, entry.pw_dir)
 
     def become(self):
         """Be this account and have no privileges, for good, whoever we are. Raises HostError."""
@@ -1720,7 +1731,7 @@ def job_directories(identity, options):
     if identity.name != VDSM_USER:
         base = os.environ.get('XDG_STATE_HOME', '')         # a relative one does not count
         base = base if os.path.isabs(base) else os.path.join(identity.home, '.local/state')
-        log_dir = state_dir = os.path.join(base, PROGRAM)
+        log_dir = state_dir = os.path.join('/', base, PROGRAM)      # some have no home
     return options.log_dir or log_dir, options.state_dir or state_dir
 
 
@@ -1743,9 +1754,9 @@ def _command_for(path):
 
 
 def open_private_directory(subject, path, make=True):
-    """Make directory `path` if it is missing; return a descriptor of it.
+    """Make directory `path` if it is missing; return it opened, a Directory.
 
-    It is None if it is missing, is not to be made, and could be. Raises HostError about `subject`
+    None if it is missing, is not to be made, and could be. Raises HostError about `subject`
     if it is not ours alone to write to: whoever can rename what is in it could have us write to any
     file of ours.
     """
@@ -1768,7 +1779,7 @@ def open_private_directory(subject, path, make=True):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     status = os.fstat(fd)
     if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
-        return fd
+        return Directory(path, fd)
     os.close(fd)
     user = user_name(os.geteuid())
     if status.st_uid != os.geteuid():
@@ -1778,6 +1789,108 @@ def open_private_directory(subject, path, make=True):
     raise HostError((subject, 'others may write to it (mode {:04o}), expected {} alone: chmod go-w'
                               ' {}'.format(status.st_mode & 0o7777, user, quoted(as_text(path)))))
 
+
+def find_virt_v2v():
+    """Return the path (bytes) of the first virt-v2v on PATH. Raises HostError."""
+    for place in os.environb.get(b'PATH', os.fsencode(ADMIN_PATH)).split(b':'):
+        path = os.path.join(place, b'virt-v2v')
+        if os.path.isabs(path) and os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise HostError(('virt-v2v', 'not found on PATH'))
+
+
+# Drivers for Windows guests, the best first: those of an ISO domain of oVirt, and the package's.
+_ISO_DOMAIN = '/rhev/data-center/mnt/*/*/images/11111111-1111-1111-1111-111111111111/'
+_DRIVERS = tuple(_ISO_DOMAIN + name for name in (
+    'RHV-toolsSetup*.iso', 'rhv-tools*.iso', 'oVirt-toolsSetup*.iso', 'ovirt-tools*.iso',
+    'virtio-win*.iso')) + ('/usr/share/virtio-win/virtio-win.iso', '/usr/share/virtio-win')
+
+
+def find_drivers(request):
+    """Return the path (bytes) of the drivers for Windows guests, None if none are found.
+
+    They are looked for if the request wants them. Raises HostError if those that it names are not
+    there.
+    """
+    if not request.virtio_win and not request.install_drivers:
+        return None
+    if request.virtio_win:
+        path = request.virtio_win.encode('utf-8')
+        with blaming('virtio_win'):
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        return path
+    from glob import glob
+    return next((os.fsencode(max(found)) for found in map(glob, _DRIVERS) if found), None)
+
+
+# --- Source: what the guest is read from
+
+def check_vddk(subject, _, libdir, __):
+    """Return the directory of the VDDK. Raises HostError."""
+    with blaming(subject + '/lib64'):
+        names = os.listdir(os.path.join(libdir, 'lib64'))
+    if not any(name.startswith('libvixDiskLib.so') for name in names):
+        raise HostError((subject, 'expected lib64/libvixDiskLib.so in it'))
+    return libdir
+
+
+def check_ssh(subject, request, _, identity):
+    """Have the keys of the guest's host be known: ssh cannot ask whether to trust it."""
+    host, port = re.match(r'[^@]*@\[?([^]:/]+|[^]]+)\]?(?::([0-9]+))?/', request.vm_name).groups()
+    name = host if port in (None, '22') else '[{}]:{}'.format(host, port)
+    for path in ('/etc/ssh/ssh_known_hosts', os.path.join(identity.home, '.ssh/known_hosts')):
+        status, _ = run_program(
+            'ssh-keygen', ['ssh-keygen', '-F', name, '-f', path], {'PATH': ADMIN_PATH},
+            PROBE_PATIENCE, stderr=subprocess.DEVNULL)
+        if status == 0:
+            return
+    raise HostError((subject, 'the host key of {} is not known; have root check and add it:'
+                              ' ssh-keyscan -p {} {} >> /etc/ssh/ssh_known_hosts'.format(
+                                  name, port or 22, host)))
+
+
+def reach_vmware(request):
+    """Return what is wrong with the server that the guest is read from, a list of problems.
+
+    virt-v2v tells neither before it copies. Raises HostError if the server does not answer.
+    """
+    import hashlib
+    import socket
+    import ssl
+    from urllib.parse import unquote, urlsplit
+    uri, problems = urlsplit(request.vmware_uri), []
+    port = uri.port or 443
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((uri.hostname, port), SERVER_PATIENCE) as connection:
+            with context.wrap_socket(connection) as secured:
+                certificate = secured.getpeercert(binary_form=True)
+    except OSError as error:
+        raise HostError(('vmware_uri', 'port {} of {} cannot be reached: {}'.format(
+            port, uri.hostname, clean(str(error))))) from None
+    kind = 'sha1' if len(request.vmware_fingerprint) == 59 else 'sha256'
+    found = re.sub('(..)(?=.)', r'\1:', hashlib.new(kind, certificate).hexdigest().upper())
+    if found != request.vmware_fingerprint:
+        problems.append(('vmware_fingerprint', 'the server has ' + found))
+    # A vCenter only knows the disks; the host that has them is the last part of the path.
+    host = unquote(uri.path.rpartition('/')[2]) if uri.scheme == 'vpx' else uri.hostname
+    try:
+        socket.create_connection((host, 902), SERVER_PATIENCE).close()
+    except OSError as error:
+        problems.append(('vmware_uri', 'port 902 of {}, where disks are read, cannot be reached:'
+                                       ' {}'.format(host, clean(str(error)))))
+    return problems
+
+
+# How the guest's side is checked: `check` finds the libdir of a Host; `reach` is for --check alone,
+# beside what virt-v2v says.
+Source = namedtuple('Source', 'subject check reach')
+SOURCES = {'vddk': Source('--vddk-libdir {}', check_vddk, reach_vmware),
+           'ssh': Source('vm_name', check_ssh, lambda _: [])}
+
+
+# --- Target: the export domain, or oVirt's engine, and what a failed job has made there
 
 Mount = namedtuple('Mount', 'id parent root point kind source options')
 
@@ -2080,7 +2193,7 @@ class Upload:
             return [], True
         for transfer in made['transfers']:
             engine.do('POST', 'imagetransfers/{}/cancel'.format(transfer))
-        left, give_up = made['disks'], time.monotonic() + CLEAN_PATIENCE
+        left, give_up = made['disks'], time.monotonic() + CLEAN_PATIENCE - SERVER_PATIENCE
         while left and time.monotonic() < give_up:
             # A disk is locked until its transfer has ended: then the engine answers 409.
             left = [disk for disk in left if engine.do('DELETE', 'disks/' + disk)[0] == 409
@@ -2089,100 +2202,10 @@ class Upload:
         return left, False
 
 
-def reach_vmware(request):
-    """Return what is wrong with the server that the guest is read from, a list of problems.
-
-    virt-v2v tells neither before it copies. Raises HostError if the server does not answer.
-    """
-    import hashlib
-    import socket
-    import ssl
-    from urllib.parse import unquote, urlsplit
-    uri, problems = urlsplit(request.vmware_uri), []
-    port = uri.port or 443
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    try:
-        with socket.create_connection((uri.hostname, port), SERVER_PATIENCE) as connection:
-            with context.wrap_socket(connection) as secured:
-                certificate = secured.getpeercert(binary_form=True)
-    except OSError as error:
-        raise HostError(('vmware_uri', 'port {} of {} cannot be reached: {}'.format(
-            port, uri.hostname, clean(str(error))))) from None
-    kind = 'sha1' if len(request.vmware_fingerprint) == 59 else 'sha256'
-    found = re.sub('(..)(?=.)', r'\1:', hashlib.new(kind, certificate).hexdigest().upper())
-    if found != request.vmware_fingerprint:
-        problems.append(('vmware_fingerprint', 'the server has ' + found))
-    # A vCenter only knows the disks; the host that has them is the last part of the path.
-    host = unquote(uri.path.rpartition('/')[2]) if uri.scheme == 'vpx' else uri.hostname
-    try:
-        socket.create_connection((host, 902), SERVER_PATIENCE).close()
-    except OSError as error:
-        problems.append(('vmware_uri', 'port 902 of {}, where disks are read, cannot be reached:'
-                                       ' {}'.format(host, clean(str(error)))))
-    return problems
-
-
-def check_vddk(subject, _, libdir, __):
-    """Return the directory of the VDDK. Raises HostError."""
-    with blaming(subject + '/lib64'):
-        names = os.listdir(os.path.join(libdir, 'lib64'))
-    if not any(name.startswith('libvixDiskLib.so') for name in names):
-        raise HostError((subject, 'expected lib64/libvixDiskLib.so in it'))
-    return libdir
-
-
-def check_ssh(subject, request, _, identity):
-    """Have the keys of the guest's host be known: ssh cannot ask whether to trust it."""
-    host, port = re.match(r'[^@]*@\[?([^]:/]+|[^]]+)\]?(?::([0-9]+))?/', request.vm_name).groups()
-    name = host if port in (None, '22') else '[{}]:{}'.format(host, port)
-    for path in ('/etc/ssh/ssh_known_hosts', os.path.join(identity.home, '.ssh/known_hosts')):
-        status, _ = run_program(
-            'ssh-keygen', ['ssh-keygen', '-F', name, '-f', path], {'PATH': ADMIN_PATH},
-            PROBE_PATIENCE, stderr=subprocess.DEVNULL)
-        if status == 0:
-            return
-    raise HostError((subject, 'the host key of {} is not known; have root check and add it:'
-                              ' ssh-keyscan -p {} {} >> /etc/ssh/ssh_known_hosts'.format(
-                                  name, port or 22, host)))
-
-
-def find_virt_v2v():
-    """Return the path (bytes) of the first virt-v2v on PATH. Raises HostError."""
-    for place in os.environb.get(b'PATH', os.fsencode(ADMIN_PATH)).split(b':'):
-        path = os.path.join(place, b'virt-v2v')
-        if os.path.isabs(path) and os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    raise HostError(('virt-v2v', 'not found on PATH'))
-
-
-# Drivers for Windows guests, the best first: those of an ISO domain of oVirt, and the package's.
-_ISO_DOMAIN = '/rhev/data-center/mnt/*/*/images/11111111-1111-1111-1111-111111111111/'
-_DRIVERS = tuple(_ISO_DOMAIN + name for name in (
-    'RHV-toolsSetup*.iso', 'rhv-tools*.iso', 'oVirt-toolsSetup*.iso', 'ovirt-tools*.iso',
-    'virtio-win*.iso')) + ('/usr/share/virtio-win/virtio-win.iso', '/usr/share/virtio-win')
-
-
-def find_drivers(request):
-    """Return the path (bytes) of the drivers for Windows guests, None if none are found.
-
-    Raises HostError if those that the request names are not there.
-    """
-    if request.virtio_win:
-        path = request.virtio_win.encode('utf-8')
-        with blaming('virtio_win'):
-            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-        return path
-    from glob import glob
-    return next((os.fsencode(max(found)) for found in map(glob, _DRIVERS) if found), None)
-
-
-# What is looked at on the guest's side and on the other, and how; what they find goes into Host.
-# The last of the first are for --check, beside what virt-v2v says.
-SOURCES = {'vddk': ('--vddk-libdir {}', check_vddk, reach_vmware),
-           'ssh': ('vm_name', check_ssh, lambda _: [])}
-TARGETS = {'export_domain': ('export_domain', lambda _, directory: ExportDomain(directory)),
-           'rhv_upload': ('rhv_url', lambda request, _: Upload(request))}
+# How the other side is checked: `check` makes the target of a Host.
+Target = namedtuple('Target', 'subject check')
+TARGETS = {'export_domain': Target('export_domain', lambda _, directory: ExportDomain(directory)),
+           'rhv_upload': Target('rhv_url', lambda request, _: Upload(request))}
 
 
 # --- Files: exclusive creation, durable replacement, the lock, temporary files
@@ -2230,9 +2253,9 @@ class StateFile:
     The lock file holds the path of the job's temporary directory, and a line that says which guest.
     """
 
-    def __init__(self, directory, fd, stem):
-        """`directory` is the path, `fd` a descriptor of it; `stem` the name without its ending."""
-        self.directory, self.fd, self.stem = directory, fd, stem
+    def __init__(self, directory, stem):
+        """`directory` is a Directory, `stem` the name without its ending."""
+        self.directory, self.fd, self.stem = directory, directory.fd, stem
         self._name, self._lock_name = stem + '.state', stem + '.lock'
         # Nobody else has this name, so a file that a killed process left there can be removed.
         self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
@@ -2241,7 +2264,7 @@ class StateFile:
     @property
     def path(self):
         """Where it is."""
-        return os.path.join(self.directory, self._name)
+        return os.path.join(self.directory.path, self._name)
 
     def claim(self, held):
         """Claim the name for a new job, and lock it; `held` (bytes) is what the lock file holds.
@@ -2279,13 +2302,13 @@ class StateFile:
         """Return the path of the state file of another job of this guest that runs, or None."""
         for name in os.listdir(self.fd):
             stem, ending = os.path.splitext(name)
-            other = StateFile(self.directory, self.fd, stem)
+            other = StateFile(self.directory, stem)
             if ending != '.lock' or stem == self.stem:
                 continue
             with suppress(OSError), open(open_to_read(name, self.fd), 'rb') as stream:
                 guest = stream.read(MAX_ANSWER).partition(b'\n')[2]
                 if (guest == self._held.partition(b'\n')[2]
-                        and is_locked(os.path.join(self.directory, name))
+                        and is_locked(os.path.join(self.directory.path, name))
                         and 'finished' not in (other.read() or ())):
                     return other.path
         return None
@@ -2343,9 +2366,9 @@ class StateFile:
 
     def _open_anew(self):
         """The directory was removed: make it again, for the next write."""
-        fd = open_private_directory('state directory', self.directory)
-        os.dup2(fd, self.fd, inheritable=False)
-        os.close(fd)
+        anew = open_private_directory('state directory', self.directory.path)
+        os.dup2(anew.fd, self.fd, inheritable=False)
+        os.close(anew.fd)
         with suppress(FileExistsError):
             self.claim(self._held)
 
@@ -2422,8 +2445,14 @@ Job = namedtuple('Job', 'request host capability arguments environment scratch o
                         ' output_log state paths')
 
 
-def clean_up(remove, state, stuck=()):
-    """Remove what the failed job of `state` has made in its target: `remove` takes the state.
+def inherited_by_virt_v2v(job):
+    """Return the descriptors that virt-v2v gets, beside its output: the agent has the ssh key."""
+    return [job.messages.writer] + [secret.fd for secret in secrets_of(job.request)
+                                    if secret is not job.request.ssh_key]
+
+
+def clean_up(remove_made, state, stuck=()):
+    """Remove what the failed job of `state` has made in its target: `remove_made` takes the state.
 
     In a process of its own, because storage may hang; not if processes are `stuck`, because then it
     does, and they may still write there. Returns what is left, a list of texts, and whether the new
@@ -2436,14 +2465,14 @@ def clean_up(remove, state, stuck=()):
 
     def child():
         try:
-            answer.send(remove(state))
+            answer.send(remove_made(state))
         except Exception as error:
             LOG.write('WARNING', 'what was made could not be removed: {}', where(error))
         return 0
     pid = fork(child)
     os.close(answer.writer)
     try:
-        return answer.receive(time.monotonic() + CLEAN_PATIENCE + SERVER_PATIENCE) or (made, False)
+        return answer.receive(time.monotonic() + CLEAN_PATIENCE) or (made, False)
     except TimeoutError:
         return made, False
     finally:
@@ -2495,18 +2524,15 @@ def conclude(job, pid, read_on, document, reason):
 _STEM = 'v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?'
 
 
-def end_dead_jobs(directory, fd):
-    """Publish the ending of each job in `directory` that nobody follows any more.
-
-    `fd` is a descriptor of it.
-    """
-    names = set(os.listdir(fd))
+def end_dead_jobs(directory):
+    """Publish the ending of each job in a Directory that nobody follows any more."""
+    names = set(os.listdir(directory.fd))
     for name in sorted(names):
         stem, ending = os.path.splitext(name)
         if not re.fullmatch(_STEM, stem) or not (
                 ending == '.lock' or ending == '.state' and stem + '.lock' not in names):
             continue
-        state_file = StateFile(directory, fd, stem)
+        state_file = StateFile(directory, stem)
         try:
             _end_if_dead(state_file)
         except BlockingIOError:
@@ -2580,7 +2606,7 @@ def monitor(job, report, answer):
             os._exit(1)
     threading.Thread(target=take_signals, daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
-    search = threading.Thread(target=end_dead_jobs, args=job.host.state_dir, daemon=True)
+    search = threading.Thread(target=end_dead_jobs, args=[job.host.states], daemon=True)
     search.start()
     conversion.follow()
     search.join(1)
@@ -2596,7 +2622,7 @@ class Conversion:
         self._parser = Parser(job.capability.messages)
         self._progress = Progress(job.request.source_disks)
         self._reason = None             # why virt-v2v was told to end
-        self._killed = False            # it did not
+        self._killed = False            # it did not do so in time
         self._mishaps = 0
         self._news = self._urgent = self._failing = False
         self._publish_at = 0.0          # not before, unless it is urgent
@@ -2623,13 +2649,11 @@ class Conversion:
             start_agent(job.request.ssh_key, job.environment)
         argv = [job.host.virt_v2v] + job.arguments
         LOG.write('INFO', 'executing {}', ' '.join(map(clean, argv)))
-        inherited = [job.messages.writer] + [secret.fd for secret in secrets_of(job.request)
-                                             if secret is not job.request.ssh_key]
         with blaming('virt-v2v'):
             child = subprocess.Popen(
                 argv, env=job.environment, stdin=subprocess.DEVNULL, stdout=job.output.writer,
-                stderr=job.output.writer, pass_fds=inherited, start_new_session=True,
-                preexec_fn=die_with(os.getpid()))
+                stderr=job.output.writer, pass_fds=inherited_by_virt_v2v(job),
+                start_new_session=True, preexec_fn=die_with(os.getpid()))
         close_secrets(job.request)
         child.returncode = 0            # or Popen would reap it: its ID is ours until the very end
         return child.pid
@@ -2745,7 +2769,6 @@ def guard(request, options, identity, directory, problems, answer):
         for fd in range(3):             # a caller who waits for their end goes on
             os.dup2(null, fd)
         system_call('prctl', _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        report = Channel()
         with ExitStack() as undo:
             with interruptible():
                 host = check_host(request, options, identity, directory, problems, answer)
@@ -2754,12 +2777,7 @@ def guard(request, options, identity, directory, problems, answer):
                     undo.callback(end_descendants)
                     answer.send(look_at_source(job, answer))
                     return 0
-            with blaming('fork'):
-                monitor_pid = fork(lambda: monitor(job, report, answer))
-            undo.callback(end_descendants)
-            os.close(report.writer)
-            close_secrets(request)
-            facts = Facts(**expect_success(report.receive()))
+            monitor_pid, facts = start_monitor(undo, job, answer)
             undo.pop_all()
     except Exception as error:
         with suppress(OSError):
@@ -2788,7 +2806,7 @@ def check_host(request, options, identity, directory, problems, answer):
     `directory` is the export domain. Raises HostError with all problems, which begin with
     `problems`.
     """
-    problems, found = list(problems), []
+    problems, found = list(problems), {}
 
     @contextmanager
     def looking_at(subject):
@@ -2799,19 +2817,17 @@ def check_host(request, options, identity, directory, problems, answer):
             problems.extend(error.problems)
 
     if not problems:
-        subject, check = TARGETS[request.target]
-        with looking_at(subject):
-            found.append(check(request, directory))
-    libdir, drivers = options.vddk_libdir or VDDK_LIBDIR, None
-    subject, check, _ = SOURCES[request.transport_method]
-    subject = subject.format(as_text(libdir))
+        target = TARGETS[request.target]
+        with looking_at(target.subject):
+            found['target'] = target.check(request, directory)
+    libdir, source = options.vddk_libdir or VDDK_LIBDIR, SOURCES[request.transport_method]
+    subject = source.subject.format(as_text(libdir))
     with looking_at(subject):
-        found.append(check(subject, request, libdir, identity))
-    if request.virtio_win or request.install_drivers:
-        with looking_at('virtio_win'):
-            drivers = find_drivers(request)
+        found['libdir'] = source.check(subject, request, libdir, identity)
+    with looking_at('virtio_win'):
+        found['drivers'] = find_drivers(request)
     with looking_at('virt-v2v'):
-        found.append(find_virt_v2v())
+        found['virt_v2v'] = find_virt_v2v()
     paths, opened = job_directories(identity, options), {}
     for path in OrderedDict.fromkeys(paths):        # both may be the same
         named = [option for option, other in zip(('--log-dir', '--state-dir'), paths)
@@ -2819,10 +2835,9 @@ def check_host(request, options, identity, directory, problems, answer):
         subject = '{} {}'.format(' and '.join(named), as_text(path))
         with looking_at(subject):
             opened[path] = open_private_directory(subject, path, make=not options.check)
-    found += [(path, opened.get(path)) for path in paths]
     if problems:
         raise HostError(*problems)
-    return Host(*found, drivers=drivers)
+    return Host(logs=opened[paths[0]], states=opened[paths[1]], **found)
 
 
 def prepare(undo, request, options, identity, host, answer):
@@ -2876,26 +2891,25 @@ def create_files(undo, held, host):
     Returns the StateFile, the descriptors of both logs, and the paths as the caller is told them.
     Raises HostError.
     """
-    (log_dir, log_fd), (state_dir, state_fd) = host.log_dir, host.state_dir
     stem = 'v2v-import-{}-{}'.format(time.strftime('%Y%m%dT%H%M%S', time.gmtime()), os.getpid())
     for name in [stem] + ['{}-{}'.format(stem, number) for number in range(2, 100)]:
-        state, logs = StateFile(state_dir, state_fd, name), (name + '-wrapper.log', name + '.log')
+        state, logs = StateFile(host.states, name), (name + '-wrapper.log', name + '.log')
         with ExitStack() as made, blaming('logs and state file'):
             try:
                 state.claim(held)
                 made.callback(state.release)
                 descriptors = []
                 for log in logs:
-                    descriptors.append(create_exclusively(log, 0o640, log_fd))
-                    made.callback(remove, log, log_fd)
+                    descriptors.append(create_exclusively(log, 0o640, host.logs.fd))
+                    made.callback(remove, log, host.logs.fd)
             except FileExistsError:
                 continue
             undo.callback(made.pop_all().close)
             undo.callback(state.discard)        # not before: the state may be another job's
-        paths = [os.path.join(log_dir, log) for log in logs] + [state.path]
+        paths = [os.path.join(host.logs.path, log) for log in logs] + [state.path]
         keys = ('wrapper_log', 'v2v_log', 'state_file')
         return state, descriptors, dict(zip(keys, map(as_text, paths)))
-    raise HostError((log_dir, 'all names for a job are taken'))
+    raise HostError((host.logs.path, 'all names for a job are taken'))
 
 
 def look_at_source(job, answer):
@@ -2905,15 +2919,14 @@ def look_at_source(job, answer):
     """
     request = job.request
     answer.send('vmware_uri')
-    problems = SOURCES[request.transport_method][2](request)
+    problems = SOURCES[request.transport_method].reach(request)
     answer.send('virt-v2v --print-source')
     if request.ssh_key:
         start_agent(request.ssh_key, job.environment)
     with open(os.path.join(job.scratch, b'output'), 'w+b') as output:
         status, text = run_program(
             'virt-v2v', [job.host.virt_v2v, b'--print-source'] + job.arguments, job.environment,
-            SOURCE_PATIENCE, stderr=output,
-            pass_fds=[job.messages.writer] + [secret.fd for secret in secrets_of(request)])
+            SOURCE_PATIENCE, stderr=output, pass_fds=inherited_by_virt_v2v(job))
         output.seek(0)
         parser, progress = Parser(job.capability.messages), Progress(request.source_disks)
         for event in (parser.messages(job.messages.read()) + parser.output(output.read())
@@ -2938,6 +2951,20 @@ def look_at_source(job, answer):
         networks=[dict(source=source, mac_address=mac, destination=goes_to.get(
             mac.lower()) or goes_to.get(source) or 'ovirtmgmt') for source, mac in nics],
         target=job.host.target.document(), free_bytes=job.host.target.free())
+
+
+def start_monitor(undo, job, answer):
+    """Fork the monitor, and wait until virt-v2v is executed. Returns the process ID, and Facts.
+
+    Both are ended by `undo`, an ExitStack. Raises HostError.
+    """
+    report = Channel()
+    with blaming('fork'):
+        pid = fork(lambda: monitor(job, report, answer))
+    undo.callback(end_descendants)
+    os.close(report.writer)
+    close_secrets(job.request)
+    return pid, Facts(**expect_success(report.receive()))
 
 
 def end_for_monitor(job, facts, status):
@@ -2982,13 +3009,11 @@ def launch(request, options):
             while isinstance(told, str):
                 told = answer.receive(give_up)
     except KeyboardInterrupt:
-        end_guardian(guardian_pid, END_PATIENCE)
-        raise HostError(('start', 'interrupted by a signal')) from None
+        told = [('start', 'interrupted by a signal')]
     except TimeoutError:
-        end_guardian(guardian_pid, PRINT_PATIENCE)
-        raise HostError((told, 'does not answer')) from None
-    if not isinstance(told, dict):      # it goes, or was killed
-        end_guardian(guardian_pid, END_PATIENCE)
+        told = [(told, 'does not answer')]
+    if not isinstance(told, dict):      # it goes, or has to go, or was killed
+        end_guardian(guardian_pid, END_PATIENCE + PRINT_PATIENCE)
     told = expect_success(told)
     if request.ignored:
         told['ignored_keys'] = request.ignored
@@ -3215,7 +3240,6 @@ def tell_to_stop(view):
 def cancel(paths):
     """End jobs, and wait for that. Returns an exit status; raises HostError if some have not."""
     problems, waiting = [], []
-    patience = STOP_GRACE + END_PATIENCE + CLEAN_PATIENCE + 2 * SERVER_PATIENCE
     for path in paths:
         try:
             view = View(path)
@@ -3226,13 +3250,14 @@ def cancel(paths):
                 say('{}: had ended before: {}'.format(view.name, view.news()))
         except HostError as error:
             problems.extend(error.problems)
-    give_up = time.monotonic() + patience
+    give_up = time.monotonic() + CANCEL_PATIENCE
     while waiting and time.monotonic() < give_up:
         time.sleep(0.1)
         for view in [view for view in waiting if view.look().status != 'running']:
             say('{}: {}'.format(view.name, view.news()))
             waiting.remove(view)
-    problems += [(view.name, 'has not ended within {:.0f} s'.format(patience)) for view in waiting]
+    problems += [(view.name, 'has not ended within {:.0f} s'.format(CANCEL_PATIENCE))
+                 for view in waiting]
     if problems:
         raise HostError(*problems)
     return EXIT_STARTED
@@ -3268,10 +3293,10 @@ def look_after_jobs(options, asked):
         return cancel(asked['cancel'])
     directory, views = job_directories(identity, options)[1], []
     if os.path.lexists(directory):
-        fd = open_private_directory('--state-dir ' + as_text(directory), directory)
+        opened = open_private_directory('--state-dir ' + as_text(directory), directory)
         if asked['list']:
-            end_dead_jobs(directory, fd)
-        for name in sorted(os.listdir(fd)):
+            end_dead_jobs(opened)
+        for name in sorted(os.listdir(opened.fd)):
             if re.fullmatch(_STEM + '[.]state', name):
                 with suppress(HostError):       # somebody's file of that name
                     views.append(View(os.path.join(directory, name)))
@@ -3304,15 +3329,21 @@ exit status: 0 started, checked or converted; 1 this host cannot do it;
 """
 
 
-def parse_arguments(arguments):
-    """Return the Options in `arguments`, and what is asked for instead of a start, a dict.
-
-    Raises WrapperError; --help and --version exit.
-    """
-    if not arguments:
-        return Options(None, None, None, False), {}
-    import argparse         # costs a tenth of a start, and few have arguments
+def _describe_keys():
+    """Return what --help says of the keys of a request."""
     import textwrap
+    lines = []
+    for name, rules in [('every request', _COMMON)] + list(_TRANSPORTS.items()) + list(
+            _TARGETS.items()):
+        lines += ['', 'keys of {}:'.format(name)] + [
+            textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
+                          initial_indent='  {:21}'.format(rule.key), subsequent_indent=' ' * 23)
+            for rule in rules]
+    return '\n'.join(lines)
+
+
+def _argument_parser():
+    import argparse         # costs a tenth of a start, and few have arguments
 
     def directory(value):
         with blaming('working directory'):
@@ -3326,15 +3357,8 @@ def parse_arguments(arguments):
             # A value, which it quotes at the end, may be a whole request.
             raise RequestError(('usage', re.split(':? [\'"]', message)[0] + '; see --help'))
 
-    keys = []
-    for name, rules in [('every request', _COMMON)] + list(_TRANSPORTS.items()) + list(
-            _TARGETS.items()):
-        keys += ['', 'keys of {}:'.format(name)] + [
-            textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
-                          initial_indent='  {:21}'.format(rule.key), subsequent_indent=' ' * 23)
-            for rule in rules]
     parser = ArgumentParser(prog=PROGRAM + '.py', usage=_USAGE, description=_DESCRIPTION,
-                            epilog='\n'.join(keys + ['', _EPILOG]),
+                            epilog='{}\n\n{}'.format(_describe_keys(), _EPILOG),
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)
     parser.add_argument('--version', action='version', version='{} {}'.format(PROGRAM, VERSION))
@@ -3352,7 +3376,17 @@ def parse_arguments(arguments):
                           ' ended; without STATE, those of this user that are running')
     commands.add_argument('--cancel', metavar='STATE', nargs='+', help='end these jobs')
     parser.add_argument('--json', action='store_true', help='with --check or --list: as JSON')
-    asked, unknown = parser.parse_known_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments):
+    """Return the Options in `arguments`, and what is asked for instead of a start, a dict.
+
+    Raises WrapperError; --help and --version exit.
+    """
+    if not arguments:
+        return Options(None, None, None, False), {}
+    asked, unknown = _argument_parser().parse_known_args(arguments)
     asked = vars(asked)
     if unknown:         # it may be a whole request, too: only names of options are shown
         names = [re.match('--[A-Za-z-]*|-.?', word).group() for word in unknown if word[:1] == '-']
@@ -3391,7 +3425,7 @@ def main(arguments=None):
         try:
             print_line(1, json.dumps(told))
         except OSError as error:
-            end_guardian(guardian_pid, STOP_GRACE + END_PATIENCE)
+            end_guardian(guardian_pid, CANCEL_PATIENCE)
             raise HostError(('standard output', os_text(error)),
                             ('standard output', 'the conversion was stopped')) from None
         if asked.get('wait'):

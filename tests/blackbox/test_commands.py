@@ -272,7 +272,7 @@ def test_root_lists_the_jobs_of_vdsm(root_wrapper):
 @pytest.fixture
 def impatient(wrapper):
     """The wrapper, but it waits for little time only."""
-    tamper(wrapper, 'module.STOP_GRACE = module.END_PATIENCE = module.CLEAN_PATIENCE = -19 / 3')
+    tamper(wrapper, 'module.CANCEL_PATIENCE = 1.0')
     return wrapper
 
 

@@ -83,6 +83,8 @@ def assert_told(wrapper, status, lines, request, *arguments):
      'vmware_uri: vpx needs /DATACENTER/HOST or /DATACENTER/CLUSTER/HOST after the server'),
     ('no_verify=true', {'vmware_uri': 'esx://root@esx.example.com?no_verify=true'},
      'vmware_uri: no_verify is 0 or 1'),
+    ('port that cannot be', {'vmware_uri': 'vpx://root@vc.example.com:65536/DC/esx'},
+     'vmware_uri: a port is at most 65535'),
     ('port at the end', {'vmware_uri': 'esx://root@esx.example.com?no_verify=1:8443'},
      'vmware_uri: a port has to follow the server: USER@HOST:PORT'),
     ('number as password', {'vmware_password': 12345678}, SECRET + ', found a number'),
@@ -166,8 +168,9 @@ def assert_told(wrapper, status, lines, request, *arguments):
 )
 def test_a_mistake_in_a_value_is_told(wrapper, given, lines):
     request = wrapper.request(**given)
-    # It cannot tell that a network is mapped twice.
-    assert not VALIDATORS or violations('request', request) or 'mapped twice' in lines[0]
+    # A schema cannot tell that a network is mapped twice, and not how large a port is.
+    assert (not VALIDATORS or violations('request', request) or 'mapped twice' in lines[0]
+            or 'at most 65535' in lines[0])
     assert_told(wrapper, 2, lines, request)
 
 

@@ -14,7 +14,7 @@ from eventually import eventually
 from faults import Disk, FailingCall, ReadOnlyDisk, disk, strace, tamper, traced
 from script import SCRIPT, loading
 from virt_v2v import DISKS, bar, copying, phase, reach, repeat, source, wait
-from virt_v2v_wrapper import StateFile
+from virt_v2v_wrapper import Directory, StateFile
 
 pytestmark = pytest.mark.promise(2)
 
@@ -79,7 +79,7 @@ def document(number):
 def test_readers_of_thousands_of_writes_see_complete_json(state_directory):
     directory = os.open(state_directory, os.O_RDONLY)
     try:
-        state = StateFile(state_directory, directory, 'stem')
+        state = StateFile(Directory(state_directory, directory), 'stem')
         state.write(document(0), durable=False)
         with two_readers(state.path):
             for number in range(3000):
@@ -108,7 +108,8 @@ MEMORY = ('mmap', 'munmap', 'mremap', 'madvise', 'brk')
 WRITER = loading(SCRIPT) + """
 import os
 
-state = module.StateFile(sys.argv[1], os.open(sys.argv[1], os.O_RDONLY), 'stem')
+directory = module.Directory(sys.argv[1], os.open(sys.argv[1], os.O_RDONLY))
+state = module.StateFile(directory, 'stem')
 state.write({'text': 'old'}, durable=True)
 os.getppid()
 state.write({'text': 'new'}, durable=True)

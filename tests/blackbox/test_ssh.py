@@ -9,7 +9,7 @@ import openssh
 from eventually import eventually
 from jobs import kill_wrapper
 from results import error_line
-from virt_v2v import leave, reach, wait
+from virt_v2v import leave, reach, stdout, wait
 
 
 @pytest.fixture
@@ -17,9 +17,10 @@ def start(wrapper):
     """A function that starts a job with a key, and returns it."""
     prepare = openssh.provide(wrapper)
 
-    def start_with(key, **overrides):
-        return wrapper.start(wrapper.request(ssh_key=key, **dict(openssh.GUEST, **overrides)),
-                             prepare=prepare)
+    def start_with(key, *options):
+        request = wrapper.request(ssh_key=key, **openssh.GUEST)
+        arguments = wrapper.arguments + list(options) if options else ()
+        return wrapper.start(request, *arguments, prepare=prepare)
     return start_with
 
 
@@ -53,6 +54,17 @@ def test_the_key_is_in_an_agent_as_long_as_the_job(wrapper, running):
 def test_the_agent_ends_with_a_job_that_is_killed(wrapper, running):
     job, _ = running
     kill_wrapper(job)
+    wrapper.wait_gone()
+
+
+def test_check_has_the_key_in_an_agent_too(wrapper, start):
+    key, fingerprint = openssh.make_key()
+    wrapper.virt_v2v.play(stdout(b'    source name: vm\n'))
+    job = start(key, '--check', '--json')
+    assert (job.status, job.stderr) == (0, b'')
+    run = wrapper.recorded()
+    assert fingerprint in run.agent
+    assert not [name for name in run.descriptors.values() if 'memfd:' in name]
     wrapper.wait_gone()
 
 

@@ -17,8 +17,8 @@ from blackbox import valid_request
 from loopback_engine import Engine, make_certificate
 from results import mode, refusal
 from virt_v2v_wrapper import (
-    ExportDomain, HostError, Identity, Options, Upload, check_host, check_ssh, find_drivers,
-    find_nfs_mount, open_private_directory, parse_request)
+    Directory, ExportDomain, HostError, Identity, Options, Upload, check_host, check_ssh,
+    find_drivers, find_nfs_mount, open_private_directory, parse_request)
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 OTHER = '1c8d2c6a-0000-4000-8000-0123456789AB'
@@ -291,7 +291,8 @@ def host(tmp_path, monkeypatch):
         make_program(tmp_path / name)
     monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
     monkeypatch.delenv('XDG_STATE_HOME', raising=False)
-    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory', lambda subject, path, make: 7)
+    monkeypatch.setattr(virt_v2v_wrapper, 'open_private_directory',
+                        lambda subject, path, make: Directory(path, 7))
     return tmp_path
 
 
@@ -321,8 +322,8 @@ def test_the_launcher_is_told_what_is_looked_at(host):
     options = Options('/l', '/s', str(host / 'vddk'), False)
     check_host(REQUEST, options, USER, str(host / 'export'), (), answer)
     assert answer.told == [
-        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virt-v2v', '--log-dir /l',
-        '--state-dir /s']
+        'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virtio_win', 'virt-v2v',
+        '--log-dir /l', '--state-dir /s']
 
 
 def test_all_that_is_wrong_with_a_host_is_told_at_once(host, monkeypatch):
@@ -532,6 +533,7 @@ VDSM_PLACES = ('/var/log/vdsm/import', '/run/vdsm/virt-v2v-wrapper')
     (USER, (None, None), '', ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
     (USER, (None, None), 'x/y', ('/home/joe/.local/state/virt-v2v-wrapper',) * 2),
     (USER, (None, None), '/x/y', ('/x/y/virt-v2v-wrapper',) * 2),
+    (USER._replace(home=''), (None, None), None, ('/.local/state/virt-v2v-wrapper',) * 2),
     (VDSM, ('/l', None), None, ('/l', '/run/vdsm/virt-v2v-wrapper')),
     (VDSM, (None, '/s'), None, ('/var/log/vdsm/import', '/s')),
     (USER, ('/l', '/s'), '/x', ('/l', '/s')),
@@ -542,7 +544,8 @@ def test_the_directories_are_those_of_the_user_unless_given(
     if xdg_state_home is not None:
         monkeypatch.setenv('XDG_STATE_HOME', xdg_state_home)
     places = checked(host, identity, directories=given)
-    assert (places.log_dir, places.state_dir) == ((directories[0], 7), (directories[1], 7))
+    assert (places.logs, places.states) == (Directory(directories[0], 7),
+                                            Directory(directories[1], 7))
 
 
 def test_an_ordinary_user_stays_who_he_is():
@@ -553,7 +556,7 @@ def test_an_ordinary_user_stays_who_he_is():
 
 
 def test_a_directory_that_is_missing_is_made(tmp_path):
-    os.close(open_private_directory('--log-dir', str(tmp_path / 'a' / 'b')))
+    os.close(open_private_directory('--log-dir', str(tmp_path / 'a' / 'b')).fd)
     assert mode(tmp_path / 'a' / 'b') == 0o755
 
 
@@ -561,7 +564,7 @@ def test_a_directory_that_is_missing_is_made(tmp_path):
 def test_a_directory_of_our_own_is_used_as_it_is(tmp_path, bits):
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd').chmod(bits)
-    fd = open_private_directory('--log-dir', str(tmp_path / 'd'))
+    fd = open_private_directory('--log-dir', str(tmp_path / 'd')).fd
     try:
         assert os.path.samestat(os.fstat(fd), os.stat(str(tmp_path / 'd')))
     finally:
