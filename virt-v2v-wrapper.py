@@ -299,7 +299,7 @@ class Secret:
 
     @property
     def path(self):
-        """Where that file can be opened by us, and by who inherits the descriptor."""
+        """Where that file can be opened by us, and by programs that inherit the descriptor."""
         return '/proc/self/fd/{}'.format(self.fd)
 
     def read(self):
@@ -576,7 +576,7 @@ def _number(text):
     """Numbers mean nothing to us, but 1e999 would become Infinity, which JSON has not, nor NaN."""
     number = float(text)
     if not float('-inf') < number < float('inf'):
-        raise RequestError(('request', 'a number is out of range, or none'))
+        raise RequestError(('request', 'has a number out of range, or NaN'))
     return number
 
 
@@ -646,22 +646,23 @@ def parse_request(data):
     target, rules = _rules_for(document)
     values, problems = dict.fromkeys(_RULES), []
     for key, default, make, expected in rules:
-        instead = document.get(_INSTEAD.get(key))
-        value = document.pop(key, None)
+        instead, value = _INSTEAD.get(key), document.pop(key, None)
+        has_instead = document.get(instead) is not None
+        if value is None:
+            values[key] = None if default is _MANDATORY else default
+            if default is _MANDATORY and not has_instead:
+                problems.append((key, 'missing, expected ' + expected))
+            continue
+        if has_instead:
+            problems.append((key, 'expected either this or {}, found both'.format(instead)))
         try:
-            values[key] = default if value is None else make(_plausible(key, value))
+            values[key] = make(_plausible(key, value))
         except _Wrong as error:
             problems.append((key, str(error)))
         except (TypeError, AttributeError):
             problems.append((key, 'expected {}, found {}'.format(expected, _KINDS[type(value)])))
         except ValueError:
             problems.append((key, 'expected ' + expected))
-        if value is not None and instead is not None:
-            problems.append((key, 'expected either this or {}, found both'.format(_INSTEAD[key])))
-        elif value is None and default is _MANDATORY and instead is None:
-            problems.append((key, 'missing, expected ' + expected))
-        elif values[key] is _MANDATORY:
-            values[key] = None
     if problems:
         # Digits may be a password that is in the wrong place.
         unknown = [key for key in sorted(set(document) - set(_RULES))
@@ -672,7 +673,7 @@ def parse_request(data):
 
 
 def _read_password(path):
-    """Return the Secret in the first line of a file, which only the caller can read."""
+    """Return the Secret in the first line of a file that only the caller can read."""
     subject = 'vmware_password_file'
     with blaming(subject):
         fd = os.open(path.encode('utf-8'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -1183,15 +1184,19 @@ class Progress:
         """Say whether a disk is being copied."""
         return self._current is not None
 
-    def _disk_states(self):
-        percents = dict.fromkeys(self._listed, 0)
-        percents.update((disk.path, disk.percent) for disk in self._disks)
-        # A size for each disk, in their order, or it is not certain whose they are.
+    def _sizes(self):
+        """Return {path: bytes} of those disks of which it is certain whose size it is."""
         sizes, found = {}, self._found['size']
         if len(found) == len(self.sources):
             sizes.update(zip(self.sources, found))
+        # The source is not always told, but copies come in the same order.
         sizes.update((disk.path, found[disk.number - 1]) for disk in self._disks
                      if disk.number <= len(found) <= self._count)
+        return sizes
+
+    def _disk_states(self):
+        percents, sizes = dict.fromkeys(self._listed, 0), self._sizes()
+        percents.update((disk.path, disk.percent) for disk in self._disks)
         copied = {disk.path for disk in self._disks}
         over = not self._current and 0 < len(self._disks) == self._count
         for path in percents:
@@ -1237,7 +1242,7 @@ def finished_document(state, return_code, reason, stuck=(), left=(), complete=Fa
     """
     state = dict(state)
     said = state.pop('last_message', {})
-    # That it does what the wrapper told it is no error.
+    # That virt-v2v ends because the wrapper told it to is no error of its own.
     error = None if reason and said.get('code') == 'cancelled' else said.get('message')
     if reason is None and return_code is None:
         reason = 'virt-v2v is gone, and nobody knows how it ended'
@@ -1669,7 +1674,7 @@ Directory = namedtuple('Directory', 'path fd')
 
 
 def as_text(path):
-    """Return `path`, a name that Python made of bytes in its own encoding, as the text it is."""
+    """Return the text of `path`, which Python may have decoded as ASCII: names are UTF-8."""
     return os.fsencode(path).decode('utf-8', 'surrogateescape')
 
 
@@ -1835,7 +1840,7 @@ def check_vddk(subject, _, libdir, __):
 
 
 def check_ssh(subject, request, _, identity):
-    """Have the keys of the guest's host be known: ssh cannot ask whether to trust it."""
+    """Check that the host of the guest has a known host key: ssh cannot ask. Raises HostError."""
     host, port = re.match(r'[^@]*@\[?([^]:/]+|[^]]+)\]?(?::([0-9]+))?/', request.vm_name).groups()
     name = host if port in (None, '22') else '[{}]:{}'.format(host, port)
     for path in ('/etc/ssh/ssh_known_hosts', os.path.join(identity.home, '.ssh/known_hosts')):
@@ -1850,9 +1855,10 @@ def check_ssh(subject, request, _, identity):
 
 
 def reach_vmware(request):
-    """Return what is wrong with the server that the guest is read from, a list of problems.
+    """Look at thumbprint and port 902 of the server that the guest is read from.
 
-    virt-v2v tells neither before it copies. Raises HostError if the server does not answer.
+    virt-v2v tells only in the copy that one of them is wrong. Returns a list of problems; raises
+    HostError if the server does not answer.
     """
     import hashlib
     import socket
@@ -2241,7 +2247,7 @@ def is_locked(path):
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
             os.close(fd)
-    except OSError as error:            # who cannot look does not say that it is dead
+    except OSError as error:            # if it cannot be looked at, it is not called dead
         return error.errno not in (errno.ENOENT, errno.ELOOP)
     return False
 
@@ -2524,8 +2530,11 @@ def conclude(job, pid, read_on, document, reason):
 _STEM = 'v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?'
 
 
-def end_dead_jobs(directory):
-    """Publish the ending of each job in a Directory that nobody follows any more."""
+def end_dead_jobs(directory, target=None):
+    """Publish the ending of each job in a Directory that nobody follows any more.
+
+    `target` is that of the job that looks, if one does.
+    """
     names = set(os.listdir(directory.fd))
     for name in sorted(names):
         stem, ending = os.path.splitext(name)
@@ -2534,7 +2543,7 @@ def end_dead_jobs(directory):
             continue
         state_file = StateFile(directory, stem)
         try:
-            _end_if_dead(state_file)
+            _end_if_dead(state_file, target)
         except BlockingIOError:
             pass                    # it is alive
         except Exception as error:
@@ -2543,15 +2552,17 @@ def end_dead_jobs(directory):
             state_file.close()
 
 
-def _remove_of_dead(state):
-    """As the targets do, without the request: the password of an engine is gone with the job."""
-    target = state['target']
-    if target['type'] == 'export_domain':
-        return remove_images(target['directory'], state['images'], state.get('vm_id'))
+def _remove_of_dead(state, target):
+    """As the targets do. An engine's password is gone with the job, but `target` may have it."""
+    own = state['target']
+    if own['type'] == 'export_domain':
+        return remove_images(own['directory'], state['images'], state.get('vm_id'))
+    if target and target.document().get('url') == own['url']:
+        return target.clean_up(state)
     return state['upload']['disks'], False
 
 
-def _end_if_dead(state_file):
+def _end_if_dead(state_file, target):
     scratch = state_file.lock_if_dead()
     if re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
         # What is left of the job has this in its environment, and nothing else has.
@@ -2565,7 +2576,7 @@ def _end_if_dead(state_file):
         LOG.write('WARNING', 'publishing the ending of a dead job: {}', state_file.path)
         reason = ('all processes of the wrapper were killed, or the host was restarted; the state'
                   ' was last written at {}'.format(state.get('updated_at')))
-        cleaned = clean_up(_remove_of_dead, state)
+        cleaned = clean_up(lambda state: _remove_of_dead(state, target), state)
         state_file.write(finished_document(state, None, reason, (), *cleaned), durable=True)
         for name in os.listdir(state_file.fd):
             if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
@@ -2606,7 +2617,8 @@ def monitor(job, report, answer):
             os._exit(1)
     threading.Thread(target=take_signals, daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
-    search = threading.Thread(target=end_dead_jobs, args=[job.host.states], daemon=True)
+    search = threading.Thread(args=[job.host.states, job.host.target],
+                              target=end_dead_jobs, daemon=True)
     search.start()
     conversion.follow()
     search.join(1)
@@ -2758,7 +2770,8 @@ def guard(request, options, identity, directory, problems, answer):
     """Be the guardian. Answers with the paths, or with problems. Returns an exit status.
 
     `directory` is the export domain, None where finding it ended with `problems`. For --check it
-    answers with what it has found, and starts nothing.
+    answers with what it has found, and starts nothing. A stop signal before the monitor is forked
+    raises KeyboardInterrupt: what was made is unmade, and fork() ends the process.
     """
     os.setsid()
     os.chdir('/')
@@ -2796,7 +2809,7 @@ def guard(request, options, identity, directory, problems, answer):
         end_for_monitor(job, facts, ending_of(monitor_pid))
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            pass                                # who reaps our children may be no init at all
+            pass            # else they may stay zombies: not every PID 1 of a container reaps
     return 0
 
 
@@ -3218,7 +3231,7 @@ def tell_to_stop(view):
     """Tell the monitor of a job that is alive to stop it. Raises HostError.
 
     Guardian and monitor are a session of their own. While one of them lives, no other process can
-    have its ID; and the guardian has locked the lock file, or who made that anew.
+    have its ID; and the lock file was locked by the guardian, or by the monitor if it made it anew.
     """
     with blaming(view.name), suppress(FileNotFoundError, ProcessLookupError):   # just ended
         inode = ':{}'.format(os.stat(view.lock).st_ino)

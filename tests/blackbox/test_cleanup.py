@@ -1,4 +1,4 @@
-"""After any ending but success, nothing that a job has made is left in the export domain."""
+"""After any ending but success, nothing that a job has made is left in its target."""
 import os
 import signal
 
@@ -7,6 +7,7 @@ import pytest
 from blackbox import DOMAIN
 from eventually import eventually
 from jobs import kill_wrapper, wait_ended
+from loopback_engine import Engine
 from virt_v2v import error, leave, phase, reach, stdout, wait
 
 pytestmark = pytest.mark.promise(3)
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.promise(3)
 IMAGE = '11111111-0000-4000-8000-0123456789ab'
 OTHER = '22222222-0000-4000-8000-0123456789ab'
 VM = '33333333-0000-4000-8000-0123456789ab'
+DISK = '44444444-0000-4000-8000-0123456789ab'
 TARGET = 'Setting up the destination: -o rhv -os /export'
 
 
@@ -122,3 +124,34 @@ def test_the_state_tells_the_target(wrapper):
         'type': 'export_domain', 'directory': os.path.join(wrapper.export_domain, DOMAIN)}
     wrapper.virt_v2v.let('end')
     job.wait_finished()
+
+
+@pytest.fixture
+def uploading(wrapper):
+    """An engine, and a job that uploads to it and whose processes have all been killed."""
+    for name in ('python3', 'nbdkit'):
+        wrapper.add_program(name, '#!/bin/sh\n')
+    with Engine(wrapper.directory, 'needle-engine') as engine:
+        wrapper.virt_v2v.play(phase('Setting up the destination: -o rhv-upload'),
+                              stdout(b"disk.id = '%s'\n" % DISK.encode()), wait('never'))
+        job = wrapper.start(wrapper.request(**engine.keys))
+        job.wait_state(lambda state: 'upload' in state, 'the disk is in the state')
+        virt_v2v = job.state()['pid']
+        kill_wrapper(job)
+        wait_ended(virt_v2v)
+        wrapper.virt_v2v.play(leave(0))
+        yield engine, job
+
+
+def test_what_a_dead_upload_has_made_is_removed_by_the_next(wrapper, uploading):
+    engine, job = uploading
+    wrapper.start(wrapper.request(**engine.keys))
+    assert 'left_behind' not in job.wait_finished()
+    assert engine.removed == ['disks/' + DISK]
+
+
+def test_without_its_password_a_dead_upload_is_named(wrapper, uploading):
+    engine, job = uploading
+    wrapper.start()
+    assert job.wait_finished()['left_behind'] == [DISK]
+    assert engine.removed == []

@@ -3,8 +3,8 @@
     with Engine(directory, 'password') as engine:
         ... engine.keys                 # what a request needs for an upload through it
 
-It has the data center "dc" with the storage domain "data", the clusters "Default" and "other", and
-a VM "taken". Its certificate is its own CA.
+It has the data center "dc" with the storage domain "data", the clusters "Default" and "other", a VM
+"taken", and any disk until that is removed. Its certificate is its own CA.
 """
 import json
 import os
@@ -27,14 +27,17 @@ FOUND = {
 
 
 class Handler(web.Handler):
-    """Answers one request; the model is the password."""
+    """Answers one request; the model is the Engine."""
 
     def do_POST(self):
         """Answer whoever logs in."""
         form = urllib.parse.parse_qs(self.body())
-        if self.path != '/ovirt-engine/sso/oauth/token':
+        if self.path.startswith(API + 'imagetransfers/'):
+            self.answer(200, 'application/xml', '<action/>')
+        elif self.path != '/ovirt-engine/sso/oauth/token':
             self.answer(404, 'text/plain', 'not here')
-        elif (form['username'], form['password']) == (['admin@internal'], [self.server.model]):
+        elif (form['username'], form['password']) == (
+                ['admin@internal'], [self.server.model.password]):
             self.answer(200, 'application/json', json.dumps({'access_token': 'token'}))
         else:
             self.answer(400, 'application/json', json.dumps({
@@ -46,11 +49,18 @@ class Handler(web.Handler):
         name = urllib.parse.unquote_plus(self.path[len(API):])
         if self.headers['Authorization'] != 'Bearer token':
             self.answer(401, 'application/xml', '<fault><reason>no token</reason></fault>')
+        elif name in self.server.model.removed or name.startswith('vms/'):
+            self.answer(404, 'application/xml', '<fault/>')
         else:
             self.answer(200, 'application/xml', '<all>%s</all>' % ''.join(
                 '<one id="%s"><name>%s</name><available>5368709120</available></one>'
                 % (identity, found)
                 for found, identity in sorted(FOUND.get(name, {}).items())))
+
+    def do_DELETE(self):
+        """Remove a disk."""
+        self.server.model.removed.append(self.path[len(API):])
+        self.answer(200, 'application/xml', '<action/>')
 
 
 def make_certificate(directory):
@@ -71,7 +81,8 @@ class Engine(web.WebServer):
 
     def __init__(self, directory, password):
         certificate = make_certificate(directory)
-        super().__init__(certificate, Handler, password)
+        super().__init__(certificate, Handler, self)
+        self.password, self.removed = password, []
         self.keys = {
             'export_domain': ABSENT, 'rhv_cafile': certificate, 'rhv_password': password,
             'rhv_url': 'https://127.0.0.1:%d/ovirt-engine/api' % self.port,

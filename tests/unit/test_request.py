@@ -581,7 +581,7 @@ def test_no_secret_is_in_the_repr_of_a_request():
 # --- what is refused: JSON ---------------------------------------------------------------
 
 VALID = encoded(valid_request())
-OUT_OF_RANGE = 'a number is out of range, or none'
+OUT_OF_RANGE = 'has a number out of range, or NaN'
 MORE = 'is not JSON: there is more after the request, line '
 NO_OBJECT = ('does not begin with "{"; give the request on standard input: virt-v2v-wrapper.py'
              ' < request.json')
