@@ -839,7 +839,7 @@ _TABLE = tuple(_Row(*row) for row in (
     ({_SETUP}, b'key verif', rb'(Host key verification failed.*)', 'cause', clean),
     ({_SETUP}, b': Permission denied (', rb'(.*: Permission denied \(.+)', 'cause', clean),
     ({_SETUP}, b'ssh: ', rb'(ssh: .+)', 'cause', clean),
-    ({_SETUP}, b'scp: ', rb'(scp: .+)', 'cause', clean),
+    ({_SETUP}, b'scp: ', rb'((?:[a-z]*sh: .*)?scp: .+)', 'cause', clean),  # sh: scp: not found
     # mount.nfs: access denied by server while mounting ...
     ({_TARGET}, b'mount', rb'(mount(?:\.nfs4?)?: .*)', 'cause', clean),
     # nbdcopy: write at offset 51904512 failed: No space left on device

@@ -573,6 +573,9 @@ def test_noise_is_neither_an_error_nor_a_cause(events, phase, text):
     (TARGET, 'mount: /tmp/v2v.x: bad option; you might need a helper program'),
     (TARGET, 'mount.nfs: access denied by server while mounting host:/path'),
     (TARGET, 'mount.nfs4: Connection refused'),
+    (OPENING, 'scp: /vmfs/volumes/ds/x/x.vmx: No such file or directory'),
+    (OPENING, 'sh: scp: not found'),
+    (OPENING, 'bash: line 1: scp: command not found'),
 ])
 @pytest.mark.parametrize('events', [in_modern, in_legacy])
 def test_what_a_program_below_complains_of_is_a_cause(events, phase, text):
