@@ -106,6 +106,11 @@ def make_root(root, store):
     scp = shutil.which("scp")
     for path in [scp] + re.findall(r"(/\S+) \(", run(["ldd", scp])):
         shutil.copy(path, make_directory(root + os.path.dirname(path)))
+    # Some versions of scp open the one, and look who they are in the other.
+    for path in ("/dev/null", "/etc/passwd"):
+        make_directory(root + os.path.dirname(path))
+        open(root + path, "w").close()
+        bind(path, root + path)
     datastore = make_directory(os.path.join(root, "vmfs/volumes", DATASTORE))
     bind(os.path.join(store, DATASTORE), datastore)
 
