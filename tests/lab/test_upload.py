@@ -7,11 +7,13 @@ look at what came of it.
 
 import contextlib
 import os
+import re
 import signal
 
 import pytest
 
-from checks import SLOW, VERY_SLOW, assert_same_data, assert_secret_kept, failure
+from checks import (
+    SLOW, VERY_SLOW, assert_same_data, assert_secret_kept, failure, is_copying)
 from lab import GUESTS, LUKS_KEY, MIB, UNIT, parent, poll, run
 from ssh import agent
 from upload import upload_target
@@ -103,6 +105,11 @@ def nics(ovf):
             for item in ovf.iter("Item") if item.findtext("Type") == "interface"]
 
 
+def skip_if_1x(reason):
+    if run(["virt-v2v", "--version"]).startswith("virt-v2v 1."):
+        pytest.skip(reason)
+
+
 def test_three_disks_are_uploaded_byte_for_byte(lab, target, converted):
     state = converted["three disks"]
 
@@ -155,6 +162,7 @@ def test_a_guest_read_by_ssh_is_in_the_export_domain(lab, domain, converted):
 
 
 def test_preallocated_disks_have_no_holes(lab, domain, converted):
+    skip_if_1x("qemu-img makes holes where there are zeroes, whatever virt-v2v 1.x preallocated")
     image, = domain.images()
 
     assert os.stat(image).st_blocks * 512 >= 1024 * MIB
@@ -170,8 +178,7 @@ def test_two_systems_are_refused_with_root_single(lab, target, failed):
 
 
 def test_a_failed_import_leaves_nothing_in_the_engine(lab, faulty, failed):
-    if run(["virt-v2v", "--version"]).startswith("virt-v2v 1."):
-        pytest.skip("virt-v2v 1.x does not ask how the import ended")
+    skip_if_1x("virt-v2v 1.x does not ask how the import ended")
     assert "Failed to create a VM" in failure(failed["import"])
     assert (faulty.engine.vms, faulty.engine.disks) == ({}, {})
 
@@ -213,10 +220,6 @@ def test_ssh_without_a_key_fails(lab, target, ssh):
     assert "Permission denied" in failure(job.wait_finished())
 
 
-def is_copying(state):
-    return "Copying" in state.get("phase", "")
-
-
 def wait_for_disks(engine, names):
     """Wait until these are the disks that the engine has: it removes them in its own time."""
     def present():
@@ -239,7 +242,8 @@ def test_endings_in_the_copy_leave_nothing_in_the_engine(lab, own_target):
         dying.host.daemon.kill()
         states = {name: job.wait(is_copying) for name, job in jobs.items()}
         assert_secret_kept(lab)
-        assert "nbdcopy" in failure(without_server.wait_finished())
+        # It is qemu-img with virt-v2v 1.x.
+        assert re.search("nbdcopy|qemu-img", failure(without_server.wait_finished()))
         wait_for_disks(dying.engine, [])
 
     os.kill(states["told to end"]["pid"], signal.SIGTERM)
