@@ -1054,6 +1054,8 @@ _CAUSES = (
     (r'storage domain .+ does not exist', 'target.storage_missing', 'Give one that is active.'),
     (r'cluster .+ is not part of', 'target.cluster_missing',
      'Give a cluster of the data center that has the storage domain.'),
+    (r'ValueError: Invalid format specifier', 'target.port',    # of the scripts of 2.5.2 on
+     'Leave the port out of rhv_url.'),
     (r'VM already exists', 'target.vm_exists', 'Remove that VM, or name the new one otherwise.'),
     (r'libvixDiskLib[^:]*: cannot open shared', 'vddk.library',
      'Unpack a whole VDDK that this nbdkit knows, and name it by --vddk-libdir.'))

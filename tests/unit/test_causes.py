@@ -38,6 +38,8 @@ SAID = [
      ' authentication access_denied : Cannot authenticate user)', 'target.auth'),
     ('failed server prechecks, see earlier errors (RuntimeError: The storage domain \u2018x\u2019'
      ' does not exist)', 'target.storage_missing'),
+    ("failed server prechecks, see earlier errors (ValueError: Invalid format specifier"
+     " 'parsed.port' for object of type 'str')", 'target.port'),
     ('nbdkit did not start up.  See previous debugging messages for problems. (nbdkit: error:'
      ' /vddk/lib64/libvixDiskLib.so.8: cannot open shared object file: No such file)',
      'vddk.library'),
