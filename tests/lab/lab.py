@@ -104,8 +104,12 @@ class Job(namedtuple("Job", "wrapper_log v2v_log state_file")):
 
     def wait(self, reached, seconds=600):
         """Return the first state for which reached(state) is true; LabError if none comes."""
+        def last(state):
+            return reached(state) or "finished" in state
         with contextlib.suppress(TimeoutError):
-            return poll(lambda: when(reached, self.state()), seconds)
+            state = poll(lambda: when(last, self.state()), seconds)
+            if reached(state):
+                return state
         raise LabError("no such state within %d s; the last one is %s" % (seconds, self.state()))
 
     def wait_finished(self):
