@@ -15,7 +15,7 @@ OF_INTEREST = re.compile(
     rb"\[ *[0-9]+\.[0-9]\] |virt-v2v: error|% \[|\((0|100)\.00/100%|'vddk'|'file=|Opening file"
     rb"|nbdcopy|OperatingSystemSection|kit(?:\[.*\])?: .*error: |virt-v2v: warning"
     rb"|virt-v2v: Exiting on|nbd_get_size: leave|virtual disk size"
-    rb"|^(RHV|ovirt): |^disk\.id|^transfer\.id|Error: ")
+    rb"|^qemu-img: |^(RHV|ovirt): |^disk\.id|^transfer\.id|Error: ")
 VERY_LONG = 2000
 
 
@@ -53,12 +53,12 @@ def with_inline_messages(log):
 def with_separate_messages(log, lines):
     """Return the Recording of a log and of messages that went elsewhere.
 
-    Each was written just before the line of the same text.
+    Each was written just before the line of the same text, which 1.x wraps.
     """
     messages, offset = [], 0
     for line in lines.splitlines(True):
-        text = json.loads(line.decode('utf-8'))['message'].encode('utf-8')
-        line_start = re.compile(rb'^[^\n]*' + re.escape(text), re.MULTILINE)
+        words = json.loads(line.decode('utf-8'))['message'].encode('utf-8').split()
+        line_start = re.compile(rb'^[^\n]*' + rb'\s+'.join(map(re.escape, words)), re.MULTILINE)
         offset = line_start.search(log, offset).start()
         messages.append((offset, line))
     return Recording(log, messages)

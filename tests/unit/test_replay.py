@@ -53,8 +53,8 @@ Conversion = collections.namedtuple('Conversion', 'messages disks count phase er
 LOGIN = ("exception: libvirt: VIR_ERR_INTERNAL_ERROR: VIR_FROM_ESX: internal error: HTTP response"
          " code 500 for call to 'Login'. Fault: ServerFaultCode - Cannot complete login due to an"
          " incorrect user name or password.")
-FULL = ('nbdcopy command failed, see earlier error messages (nbdkit: file.3: error: pwrite: No'
-        ' space left on device; nbdcopy: write at offset 51904512 failed: No space left on device)')
+FULL = ('nbdcopy command failed, see earlier error messages (nbdkit: file.{}: error: pwrite: No'
+        ' space left on device; nbdcopy: write at offset {} failed: No space left on device)')
 # In 2.10 of another wording, and nbdkit 1.48 names the file.
 FULL_2_10 = (
     'nbdcopy exited with non-zero error code 1 (nbdkit: file.13: error: pwrite: /var/cache/virt-v2v'
@@ -64,6 +64,10 @@ FULL_2_10 = (
     ' left on device)')
 THUMBPRINT = ('libguestfs error: guestfs_launch failed, see earlier error messages (nbdkit[in0]:'
               ' vddk[1]: error: VixDiskLib_Open: the thumbprint does not match the server)')
+REFUSED_1_44 = (
+    'qemu-img command failed, see earlier errors (ConnectionRefusedError: [Errno 111] Connection'
+    ' refused; qemu-img: error while writing at byte 133693440: Input/output error;'
+    ' ConnectionResetError: [Errno 104] Connection reset by peer)')
 STOPPED = 'virt-v2v was told to stop by SIGTERM'
 LAB3 = [('[ds] lab3/lab3.vmdk', 100), ('[ds] lab3/lab3_1.vmdk', 100),
         ('[ds] lab3/lab3_2.vmdk', 100)]
@@ -80,7 +84,8 @@ CONVERSIONS = {
         True, [], 0, 'Setting up the source: -i libvirt -ic'
         ' esx://root@127.0.0.1:8989?no_verify=1 -it vddk lab1', LOGIN, None),
     '2.2.0-vddk-disk-full': Conversion(
-        True, [('[ds] lab1/lab1.vmdk', 0)], 1, 'Copying disk 1/1', FULL, None),
+        True, [('[ds] lab1/lab1.vmdk', 0)], 1, 'Copying disk 1/1',
+        FULL.format(3, 51904512), None),
     '2.2.0-vddk-sigterm': Conversion(
         True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', STOPPED, None),
     '2.2.0-vddk-sigkill': Conversion(
@@ -97,6 +102,25 @@ CONVERSIONS = {
     '2.10.0-vddk-disk-full': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', FULL_2_10, None),
     '2.10.0-vddk-sigterm': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
+    '1.44.2-vddk-upload': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 100)], 1, 'Finishing off', None,
+        '584d2ae2-5c23-411b-80e2-08cd9964c344'),
+    '1.44.2-vddk-upload-no-server': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 27.55)], 1, 'Copying disk 1/1', REFUSED_1_44, None),
+    '2.6.0-vddk-three-disks': Conversion(
+        True, LAB3, 3, 'Finishing off', None, '82730728-8336-4488-aacd-f0f1fa4188d4'),
+    '2.6.0-vddk-qcow2': Conversion(
+        True, LAB3, 3, 'Finishing off', None, 'cca4ca4e-d39a-41d9-b5d8-58e2c33510c7'),
+    '2.6.0-vddk-bad-password': Conversion(
+        True, [], 0, 'Setting up the source: -i libvirt -ic'
+        ' esx://root@127.43.133.181:44001?no_verify=1 -it vddk lab1', LOGIN, None),
+    '2.6.0-vddk-bad-thumbprint': Conversion(
+        True, [], 0, 'Opening the source', THUMBPRINT.replace('[in0]', ''), None),
+    '2.6.0-vddk-disk-full': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', FULL.format(7, 137887744),
+        None),
+    '2.6.0-vddk-sigterm': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
     '1.40.2': Conversion(
         False, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
@@ -128,7 +152,7 @@ def test_a_recording_has_its_number_of_disks(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_its_last_phase(name):
     phase = replayed(name).state['phase']
-    assert re.sub(' -o rhv.*| to /.*', '', phase) == CONVERSIONS[name].phase
+    assert re.sub(' -o rhv.*| to (?:/|qemu).*', '', phase) == CONVERSIONS[name].phase
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -156,16 +180,12 @@ def test_listed_disks_stand_in_for_those_that_nothing_names(name):
 
 
 @pytest.mark.parametrize('name, return_code, text', [
-    ('2.2.0-vddk-disk-full', 1, FULL),
-    ('2.2.0-vddk-sigterm', 1, STOPPED),
-    ('2.10.0-vddk-disk-full', 1, FULL_2_10),
-    ('2.10.0-vddk-sigterm', 1, STOPPED),
-    ('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL'),
-])
+    (name, 1, conversion.error) for name, conversion in CONVERSIONS.items() if conversion.error
+] + [('2.2.0-vddk-sigkill', -9, 'virt-v2v was killed by SIGKILL')])
 def test_the_final_state_says_why_it_failed(name, return_code, text):
     state = valid_state(finished_document(replayed(name).state, return_code, None))
     assert state['last_message']['message'] == text
-    assert state.get('cancelled') == (True if text == STOPPED else None)
+    assert state.get('cancelled') == (True if 'SIGTERM' in text else None)
 
 
 # --- in pieces ---------------------------------------------------------------------------
