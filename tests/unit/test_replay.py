@@ -127,6 +127,13 @@ CONVERSIONS = {
         '9a070ebc-048f-4e3b-a412-e2f72f8fdbc1'),
     '1.36.13': Conversion(False, [], 0, 'Opening the overlay', None, None),
 }
+# The disk and the transfer of an upload.
+UPLOADS = {
+    '1.44.2-vddk-upload': (
+        '558032ae-29e7-4205-bd07-8b2195d7fa7a', '97203c1f-0570-4f84-9bb6-a5ed575a82a1'),
+    '1.44.2-vddk-upload-no-server': (
+        '44d1188a-a1ee-43b0-a7e5-7b7bf9cf4a62', 'e80153b5-7a3f-4789-a82c-bbdffc72a4b8'),
+}
 NAMES = sorted(CONVERSIONS)
 LOADED = {name: load(name) for name in NAMES}
 
@@ -164,6 +171,12 @@ def test_a_recording_has_its_error(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recording_has_the_id_of_its_vm(name):
     assert replayed(name).state.get('vm_id') == CONVERSIONS[name].vm_id
+
+
+@pytest.mark.parametrize('name', sorted(UPLOADS))
+def test_a_recording_has_what_was_made_for_its_upload(name):
+    disk, transfer = UPLOADS[name]
+    assert replayed(name).state['upload'] == {'disks': [disk], 'transfers': [transfer]}
 
 
 def test_listed_disks_are_those_that_are_copied():
