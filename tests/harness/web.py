@@ -1,4 +1,4 @@
-"""What simulated servers have in common: HTTPS on loopback, at a port the kernel chooses."""
+"""What simulated servers have in common: HTTPS on loopback."""
 
 import hashlib
 import http.server
@@ -10,16 +10,21 @@ import ssl
 import threading
 
 
+def own_address():
+    """Return an address on loopback for a server whose port is always the same."""
+    return "127.%d.%d.%d" % tuple(1 + secrets.randbelow(250) for _ in range(3))
+
+
 class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """A context manager: serves in threads of its own until it is left. Enter it before anything
     leaves the mount namespace: its threads stay in the one they were started in."""
 
     daemon_threads = True
 
-    def __init__(self, certificate, handler, model, address="127.0.0.1"):
+    def __init__(self, certificate, handler, model, address="127.0.0.1", port=0):
         """Take the path of a PEM file with certificate and key, a `Handler`, and the object that
-        it finds as self.server.model."""
-        super().__init__((address, 0), handler)
+        it finds as self.server.model. Port 0: one that the kernel chooses."""
+        super().__init__((address, port), handler)
         self.model = model
         self.port = self.server_address[1]
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -46,8 +51,7 @@ class VmwareServer(WebServer):
     """A server of VMware, as far as its certificate and its ports go; needs root."""
 
     def __init__(self, certificate, handler, model):
-        # An address of its own, because the port of the disks is always the same.
-        self.address = "127.%d.%d.%d" % tuple(1 + secrets.randbelow(250) for _ in range(3))
+        self.address = own_address()    # the port of the disks is always the same
         super().__init__(certificate, handler, model, self.address)
         self.disks = socket.socket()
         self.disks.bind((self.address, 902))

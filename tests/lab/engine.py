@@ -56,10 +56,11 @@ class Engine(WebServer):
     "job" (the import of the VM).
     """
 
-    def __init__(self, certificate, password, host):
+    def __init__(self, certificate, address, password, host):
         """Take a PEM file with certificate and key, the password of admin@internal, a `Host`."""
-        super().__init__(certificate, _Handler, self)
-        self.url = "https://localhost:%d%s" % (self.port, API.rstrip("/"))
+        # With a port in the URL, as of 2.6.0 virt-v2v's scripts for an upload fail.
+        super().__init__(certificate, _Handler, self, address, 443)
+        self.url = "https://%s%s" % (address, API.rstrip("/"))
         self.password, self.host = password, host
         self.faults, self.tokens, self.lock = set(), set(), threading.RLock()
         self.disks, self.transfers, self.vms, self.ovfs, self.jobs = {}, {}, {}, {}, {}

@@ -17,6 +17,7 @@ from engine import Engine
 from host import Host
 from lab import (
     CACHE, ArrivedVm, LabError, Unavailable, lay_over, locked, make_directory, run)
+from web import own_address
 
 FROM_PYPI = ["ovirt-engine-sdk-python==4.6.3", "ovirt-imageio==2.5.1"]
 DEBIAN_PYTHON = "/usr/lib/python3/dist-packages"
@@ -53,9 +54,10 @@ def upload_target(lab):
     if not os.path.isdir(os.path.join(DEBIAN_PYTHON, "ovirtsdk4")):
         lay_over(DEBIAN_PYTHON, packages_from_pypi())
     directory = make_directory(tempfile.mkdtemp(prefix="target-", dir=lab.work))
-    certificate, ca = make_certificates(directory)
+    address = own_address()
+    certificate, ca = make_certificates(directory, address)
     with Host(directory, certificate, ca) as host, \
-            Engine(certificate, lab.password + "-of-the-engine", host) as engine:
+            Engine(certificate, address, lab.password + "-of-the-engine", host) as engine:
         yield Target(host.images, engine, host, ca)
 
 
@@ -75,16 +77,18 @@ def packages_from_pypi():
     return path
 
 
-def make_certificates(directory):
-    """Return the paths of a PEM file with key and certificate for localhost, and of its CA."""
+def make_certificates(directory, address):
+    """Return the paths of a PEM file with key and certificate, and of its CA. The certificate is
+    for localhost and the address."""
     ca, key, certificate = [os.path.join(directory, name)
                             for name in ("ca.pem", "ca.key", "localhost.pem")]
     # Python 3.13 and later want to be told that a CA may sign.
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
            "-addext", "keyUsage=keyCertSign,digitalSignature,keyEncipherment"]
     run(new + ["-subj", "/CN=CA of the lab", "-keyout", key, "-out", ca])
-    run(new + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-CA", ca,
-               "-CAkey", key, "-keyout", certificate, "-out", certificate + ".crt"])
+    run(new + ["-subj", "/CN=localhost", "-addext",
+               "subjectAltName=DNS:localhost,IP:" + address, "-CA", ca, "-CAkey", key,
+               "-keyout", certificate, "-out", certificate + ".crt"])
     with open(certificate, "a") as both, open(certificate + ".crt") as crt:
         both.write(crt.read())
     return certificate, ca
