@@ -1332,7 +1332,8 @@ def _export_arguments(capability, _, directory):
 
 def _upload_arguments(capability, request, _):
     output = _output_of(capability, 'upload to oVirt', 'ovirt-upload', 'rhv-upload')
-    return ['-o', output, '-oc', request.rhv_url, '-op', request.rhv_password.path,
+    url = request.rhv_url.replace(':443/', '/')     # from 2.5.2 on, its scripts fail on any port
+    return ['-o', output, '-oc', url, '-op', request.rhv_password.path,
             '-os', request.rhv_storage, '-oo', 'rhv-cluster=' + request.rhv_cluster,
             '-oo', 'rhv-direct=true',       # the one spelling that all versions take
             # By default, virt-v2v does not look who answers.

@@ -6,6 +6,7 @@ look at what came of it.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -46,7 +47,8 @@ def converted(session_lab, target, domain, ssh):
     jobs = {
         "three disks": start(request("lab3", **target.keys(source_disks=LAB3.disk_paths()))),
         "many keys": start(request("twin", **target.keys(
-            new_vm_name="new name", root="/dev/sda1", luks_keys=[LUKS], network_mappings=[
+            new_vm_name="new name", root="/dev/sda1", luks_keys=[LUKS], output_format="qcow2",
+            network_mappings=[
                 {"source": "VM Network", "destination": "front"},
                 {"source": "Nowhere", "destination": "back", "mac_address": TWIN.mac_address(1)},
             ]))),
@@ -140,10 +142,18 @@ def test_a_vm_gets_its_new_name(lab, target, converted):
     assert target.engine.vms[state["vm_id"]]["name"] == "new name"
 
 
-def test_the_system_that_is_named_is_converted(lab, target, converted):
+def test_an_upload_may_be_qcow2(lab, target, converted):
     image, = images_of(target, converted["many keys"])
 
-    assert initrd(image, MIB) == CONVERTED
+    assert json.loads(run(["qemu-img", "info", "--output=json", image]))["format"] == "qcow2"
+
+
+def test_the_system_that_is_named_is_converted(lab, target, converted, tmp_path):
+    image, = images_of(target, converted["many keys"])
+    raw = str(tmp_path / "raw")
+    run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw])
+
+    assert initrd(raw, MIB) == CONVERTED
 
 
 def test_the_first_system_is_in_the_encrypted_device(lab, domain, converted, tmp_path):

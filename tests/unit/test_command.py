@@ -165,6 +165,13 @@ def test_an_upload_is_spelt_as_the_version_has_it(generation, name):
         '--bridge', 'ovirtmgmt', '--', 'vm']
 
 
+def test_the_usual_port_of_an_engine_is_left_out():
+    url = 'https://admin@internal@[::1]:{}/ovirt-engine/api'
+    assert [values_of('-oc', **dict(UPLOAD, rhv_url=url.format(port)))[0]
+            for port in (443, 4443)] == ['https://admin@internal@[::1]/ovirt-engine/api',
+                                         url.format(4443)]
+
+
 def test_an_engine_is_not_verified_if_the_caller_says_so():
     assert values_of('-oo', insecure_connection=True, **UPLOAD) == [
         'rhv-cluster=My Cluster', 'rhv-direct=true', 'rhv-verifypeer=false']

@@ -65,8 +65,12 @@ def test_what_a_vm_has_is_kept_with_the_vm(root):
     assert removed(root, [OURS], VM) == (set(), ([], True))
 
 
-def test_what_the_vm_of_another_job_has_is_kept(root):
-    write_ovf(root, OTHER, '<File ovf:href="%s/%s"/>' % (OURS.upper(), OURS))
+@pytest.mark.parametrize('spelling', [OURS, OURS.upper()])
+@pytest.mark.parametrize('owner', range(3))
+def test_what_the_vm_of_another_job_has_is_kept(root, owner, spelling):
+    for number in range(3):         # in whatever order they are found
+        write_ovf(root, '4444444%d-0000-4000-8000-0123456789ab' % number,
+                  '<File ovf:href="%s"/>' % (spelling if number == owner else OTHER))
     assert removed(root, [OURS], VM) == (set(), ([], True))
 
 

@@ -200,6 +200,10 @@ def test_a_request_of_the_greatest_length_is_accepted():
     assert parse_request(data.ljust(1 << 20)).vm_name == 'vm'
 
 
+def test_null_beside_a_password_is_no_password_file():
+    assert parsed(vmware_password_file=None).vmware_password_file is None
+
+
 def test_a_password_is_not_in_the_repr_of_a_request():
     assert PASSWORD not in repr(parsed()) + str(parsed()) + '{}'.format(parsed())
 
