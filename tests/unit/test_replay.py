@@ -103,6 +103,23 @@ CONVERSIONS = {
         True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', FULL_2_10, None),
     '2.10.0-vddk-sigterm': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
+    '1.44.2-vddk-three-disks': Conversion(
+        True, LAB3, 3, 'Finishing off', None, 'eac6978b-e59b-4abd-83f4-d6bdc164d74e'),
+    '1.44.2-vddk-qcow2': Conversion(
+        True, LAB3, 3, 'Finishing off', None, '696b8021-3478-481c-9684-697d1469d1ab'),
+    '1.44.2-vddk-bad-password': Conversion(
+        True, [], 0, 'Opening the source -i libvirt -ic'
+        ' esx://root@127.88.232.78:46457?no_verify=1 lab1 -it vddk  -io vddk-libdir=/var/cache/'
+        'virt-v2v-wrapper-lab/run-3q91mrhm/vddk-0 -io vddk-thumbprint='
+        'A8:6C:98:41:34:37:99:A9:10:5E:18:43:7E:19:48:BD:80:AF:9B:61', LOGIN, None),
+    '1.44.2-vddk-bad-thumbprint': Conversion(
+        True, [], 0, 'Creating an overlay to protect the source from being modified',
+        'qemu-img command failed, see earlier errors (nbdkit: vddk[1]: error: VixDiskLib_Open: the'
+        ' thumbprint does not match the server)', None),
+    '1.44.2-vddk-disk-full': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 39.62)], 1, 'Copying disk 1/1',
+        'qemu-img command failed, see earlier errors (qemu-img: error while writing at byte'
+        ' 136314880: No space left on device)', None),
     '1.44.2-vddk-upload': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 100)], 1, 'Finishing off', None,
         '584d2ae2-5c23-411b-80e2-08cd9964c344'),
