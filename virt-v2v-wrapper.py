@@ -1820,13 +1820,13 @@ def find_drivers(request):
     They are looked for if the request wants them. Raises HostError if those that it names are not
     there.
     """
-    if not request.virtio_win and not request.install_drivers:
-        return None
     if request.virtio_win:
         path = request.virtio_win.encode('utf-8')
         with blaming('virtio_win'):
             os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         return path
+    if not request.install_drivers:
+        return None
     from glob import glob
     return next((os.fsencode(max(found)) for found in map(glob, _DRIVERS) if found), None)
 
@@ -2211,10 +2211,9 @@ class Upload:
         return left, False
 
 
-# How the other side is checked: `check` makes the target of a Host.
-Target = namedtuple('Target', 'subject check')
-TARGETS = {'export_domain': Target('export_domain', lambda _, directory: ExportDomain(directory)),
-           'rhv_upload': Target('rhv_url', lambda request, _: Upload(request))}
+# How the other side is checked, which makes the target of a Host.
+TARGETS = {'export_domain': lambda _, directory: ExportDomain(directory),
+           'rhv_upload': lambda request, _: Upload(request)}
 
 
 # --- Files: exclusive creation, durable replacement, the lock, temporary files
@@ -2833,9 +2832,8 @@ def check_host(request, options, identity, directory, problems, answer):
             problems.extend(error.problems)
 
     if not problems:
-        target = TARGETS[request.target]
-        with looking_at(target.subject):
-            found['target'] = target.check(request, directory)
+        with looking_at(_TARGETS[request.target][0].key):
+            found['target'] = TARGETS[request.target](request, directory)
     libdir, source = options.vddk_libdir or VDDK_LIBDIR, SOURCES[request.transport_method]
     subject = source.subject.format(as_text(libdir))
     with looking_at(subject):
