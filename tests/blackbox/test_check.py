@@ -5,10 +5,11 @@ import pwd
 
 import pytest
 
+import loopback_engine
 import web
 from commands import command
 from faults import tamper
-from loopback_engine import Engine, make_certificate
+from loopback_engine import make_certificate
 from virt_v2v import DISKS, error, source, stdout, wait, warning
 
 GUEST = b"""\
@@ -88,10 +89,8 @@ def test_with_json_it_is_one_object(wrapper, server):
 
 
 def test_check_of_an_upload_tells_the_room_in_its_storage(wrapper, server):
-    wrapper.add_program('python3', '#!/bin/sh\n')
-    wrapper.add_program('nbdkit', '#!/bin/sh\n')
     wrapper.virt_v2v.play(stdout(GUEST))
-    with Engine(wrapper.directory, 'needle-engine') as engine:
+    with loopback_engine.provide(wrapper) as engine:
         _, found, stderr = check(wrapper, server, '--json', **engine.keys)
     assert (stderr, json.loads(found)['free_bytes']) == ('', 5368709120)
 

@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
+import loopback_engine
 from blackbox import DOMAIN
 from eventually import eventually
 from jobs import kill_wrapper, wait_ended
-from loopback_engine import Engine
 from virt_v2v import error, leave, phase, reach, stdout, wait
 
 pytestmark = pytest.mark.promise(3)
@@ -129,9 +129,7 @@ def test_the_state_tells_the_target(wrapper):
 @pytest.fixture
 def uploading(wrapper):
     """An engine, and a job that uploads to it and whose processes have all been killed."""
-    for name in ('python3', 'nbdkit'):
-        wrapper.add_program(name, '#!/bin/sh\n')
-    with Engine(wrapper.directory, 'needle-engine') as engine:
+    with loopback_engine.provide(wrapper) as engine:
         wrapper.virt_v2v.play(phase('Setting up the destination: -o rhv-upload'),
                               stdout(b"disk.id = '%s'\n" % DISK.encode()), wait('never'))
         job = wrapper.start(wrapper.request(**engine.keys))

@@ -16,11 +16,11 @@ import uuid
 import pytest
 
 import hidden
+import loopback_engine
 import rooms
 import openssh
 import sweep
 from blackbox import ABSENT
-from loopback_engine import Engine
 from eventually import eventually
 from faults import absent, guardian, strace, tamper, without_interpreter
 from hidden import secret_descriptors
@@ -195,9 +195,7 @@ def in_a_file(wrapper, needle):
 
 @contextlib.contextmanager
 def for_an_engine(wrapper, needle):
-    for name in ('python3', 'nbdkit'):
-        wrapper.add_program(name, '#!/bin/sh\n')
-    with Engine(wrapper.directory, needle.text) as engine:
+    with loopback_engine.provide(wrapper, needle.text) as engine:
         yield {'request': wrapper.request(**engine.keys)}
 
 

@@ -76,6 +76,13 @@ def make_certificate(directory):
     return path
 
 
+def provide(wrapper, password='needle-engine'):
+    """Have all that an upload of the wrapper needs; return the Engine for it, to be entered."""
+    for name in ('python3', 'nbdkit'):
+        wrapper.add_program(name, '#!/bin/sh\n')
+    return Engine(wrapper.directory, password)
+
+
 class Engine(web.WebServer):
     """The server; the directory is where its certificate is made."""
 

@@ -1,12 +1,11 @@
 """Looks at a job's state file all the time, and whether each state may follow the one before."""
 
-import contextlib
 import json
 import re
 import threading
 import time
 
-import processes
+from jobs import is_running
 from schemas import valid_state
 
 INTERVAL = 0.05     # seconds
@@ -32,7 +31,7 @@ class Recorder(threading.Thread):
     def run(self):
         while not self._final() and not self._ended.wait(INTERVAL):
             self._look()
-            if self.states and not running(self.states[0]["pid"]):
+            if self.states and not is_running(self.states[0]["pid"]):
                 self._seen.setdefault("ended", time.monotonic())
             if self._final():
                 self._seen["final"] = time.monotonic()
@@ -66,13 +65,6 @@ class Recorder(threading.Thread):
             return
         self.broken += breaches(self.states[-1] if self.states else state, state)
         self.states.append(state)
-
-
-def running(process):
-    """Tell whether a process runs; one that has ended may still be a zombie."""
-    with contextlib.suppress(OSError):
-        return processes.state(process) != "Z"
-    return False
 
 
 def breaches(before, state):

@@ -71,7 +71,7 @@ def made(ask, directory='/export', libdir='/vddk', **overrides):
     """Return the arguments (bytes) for a request that is valid but for the overrides."""
     request = parse_request(json.dumps(valid_request(**overrides)).encode('utf-8'))
     for number, secret in enumerate(secrets_of(request), 7):
-        secret.fd = number             # no file is opened
+        secret.fd = number              # no file is opened
     return make_arguments(capabilities(ask), request, directory, libdir, 5)
 
 

@@ -72,6 +72,12 @@ STOPPED = 'virt-v2v was told to stop by SIGTERM'
 LAB3 = [('[ds] lab3/lab3.vmdk', 100), ('[ds] lab3/lab3_1.vmdk', 100),
         ('[ds] lab3/lab3_2.vmdk', 100)]
 
+
+def lab3(vm_id):
+    """Return the Conversion of the guest with three disks, which succeeded."""
+    return Conversion(True, LAB3, 3, 'Finishing off', None, vm_id)
+
+
 CONVERSIONS = {
     '2.2.0-vddk-three-disks': Conversion(
         True, [('[ds] slow3/slow3.vmdk', 100), ('[ds] slow3/slow3_1.vmdk', 100),
@@ -96,17 +102,14 @@ CONVERSIONS = {
     '2.10.0': Conversion(
         True, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
         '290bb2e7-8dcf-4f20-820d-16947ed1bbda'),
-    '2.10.0-vddk-three-disks': Conversion(
-        True, LAB3, 3, 'Finishing off', None, 'd4e859c7-cbec-48c8-8124-5de9b1a2f6b9'),
+    '2.10.0-vddk-three-disks': lab3('d4e859c7-cbec-48c8-8124-5de9b1a2f6b9'),
     '2.10.0-vddk-bad-thumbprint': Conversion(True, [], 0, 'Opening the source', THUMBPRINT, None),
     '2.10.0-vddk-disk-full': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', FULL_2_10, None),
     '2.10.0-vddk-sigterm': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
-    '1.44.2-vddk-three-disks': Conversion(
-        True, LAB3, 3, 'Finishing off', None, 'eac6978b-e59b-4abd-83f4-d6bdc164d74e'),
-    '1.44.2-vddk-qcow2': Conversion(
-        True, LAB3, 3, 'Finishing off', None, '696b8021-3478-481c-9684-697d1469d1ab'),
+    '1.44.2-vddk-three-disks': lab3('eac6978b-e59b-4abd-83f4-d6bdc164d74e'),
+    '1.44.2-vddk-qcow2': lab3('696b8021-3478-481c-9684-697d1469d1ab'),
     '1.44.2-vddk-bad-password': Conversion(
         True, [], 0, 'Opening the source -i libvirt -ic'
         ' esx://root@127.88.232.78:46457?no_verify=1 lab1 -it vddk  -io vddk-libdir=/var/cache/'
@@ -125,10 +128,8 @@ CONVERSIONS = {
         '584d2ae2-5c23-411b-80e2-08cd9964c344'),
     '1.44.2-vddk-upload-no-server': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 27.55)], 1, 'Copying disk 1/1', REFUSED_1_44, None),
-    '2.6.0-vddk-three-disks': Conversion(
-        True, LAB3, 3, 'Finishing off', None, '82730728-8336-4488-aacd-f0f1fa4188d4'),
-    '2.6.0-vddk-qcow2': Conversion(
-        True, LAB3, 3, 'Finishing off', None, 'cca4ca4e-d39a-41d9-b5d8-58e2c33510c7'),
+    '2.6.0-vddk-three-disks': lab3('82730728-8336-4488-aacd-f0f1fa4188d4'),
+    '2.6.0-vddk-qcow2': lab3('cca4ca4e-d39a-41d9-b5d8-58e2c33510c7'),
     '2.6.0-vddk-bad-password': Conversion(
         True, [], 0, 'Setting up the source: -i libvirt -ic'
         ' esx://root@127.43.133.181:44001?no_verify=1 -it vddk lab1', LOGIN, None),
@@ -215,7 +216,7 @@ def test_listed_disks_stand_in_for_those_that_nothing_names(name):
 def test_the_final_state_says_why_it_failed(name, return_code, text):
     state = valid_state(finished_document(replayed(name).state, return_code, None))
     assert state['last_message']['message'] == text
-    assert state.get('cancelled') == (True if 'SIGTERM' in text else None)
+    assert state.get('cancelled') == (True if text == STOPPED else None)
 
 
 # --- in pieces ---------------------------------------------------------------------------
