@@ -9,7 +9,7 @@ import pytest
 import processes
 from eventually import eventually
 from faults import FailingCall, last_message, tamper, traced
-from jobs import is_running, wait_ended
+from jobs import wait_ended
 from virt_v2v import (
     DISKS, bar, copying, daemon, error, flat, fork, json_message, leave, phase, reach,
     source, stderr, stdout, wait)
@@ -57,7 +57,7 @@ def test_a_chain_of_daemons_is_gone_when_the_end_is_published(wrapper):
     guardian_s = int(processes.status(found['wrapper_pid'])['PPid'])
     wrapper.virt_v2v.let('end')
     job.wait_finished()
-    assert [process for process in started - {guardian_s} if is_running(process)] == []
+    assert [process for process in started - {guardian_s} if processes.is_running(process)] == []
 
 
 @pytest.mark.promise(4)

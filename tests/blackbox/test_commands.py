@@ -12,7 +12,8 @@ import blackbox
 from commands import PaperJob, command
 from eventually import eventually
 from faults import guardian, tamper
-from jobs import is_running, kill_monitor, kill_wrapper, wait_ended
+from jobs import kill_monitor, kill_wrapper, wait_ended
+from processes import is_running
 from virt_v2v import DISKS, bar, copying, error, leave, phase, reach, source, wait
 
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

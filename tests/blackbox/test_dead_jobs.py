@@ -13,7 +13,8 @@ import pytest
 from blackbox import become
 from eventually import eventually
 from faults import guardian, strace
-from jobs import is_running, kill_monitor, kill_wrapper, wait_ended
+from jobs import kill_monitor, kill_wrapper, wait_ended
+from processes import is_running
 from virt_v2v import (
     DISKS, bar, copying, daemon, error, ignore, leave, phase, reach, source, wait)
 

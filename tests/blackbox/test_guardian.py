@@ -11,7 +11,8 @@ import pytest
 from blackbox import become, interpreter_for
 from eventually import eventually
 from faults import Disk, FailingCall, disk, guardian, last_message, tamper, traced
-from jobs import is_running, wait_ended
+from jobs import wait_ended
+from processes import is_running
 from virt_v2v import daemon, ignore, json_message, phase, reach, wait
 
 pytestmark = pytest.mark.promise(3)

@@ -11,7 +11,7 @@ import hung
 import processes
 from eventually import eventually
 from faults import guardian, last_message, tamper
-from jobs import is_running, wait_ended
+from jobs import wait_ended
 from virt_v2v import fill, fork, leave, phase, reach, stdout, wait
 
 UUID = '0c8d2c6a-0000-4000-8000-0123456789ab'
@@ -302,7 +302,7 @@ def start_talkative(wrapper, storage, option):
 def test_a_wrapper_that_sleeps_over_its_files_can_be_stopped(wrapper, storage, option, target):
     """And its end is published, at the latest when they answer again."""
     job, virt_v2v, found = start_talkative(wrapper, storage, option)
-    assert is_running(virt_v2v)
+    assert processes.is_running(virt_v2v)
     os.kill(found[target], signal.SIGTERM)
     wait_ended(virt_v2v)
     storage.release()

@@ -7,18 +7,9 @@ from eventually import eventually
 from faults import guardian
 
 
-def is_running(process):
-    """Say whether a process is there and has not ended, with all its threads."""
-    try:
-        return (processes.state(process) not in 'ZX'
-                or len(os.listdir('/proc/%d/task' % process)) > 1)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def wait_ended(process):
     """Wait until a process has ended."""
-    eventually(lambda: not is_running(process), 'process %d has ended' % process)
+    eventually(lambda: not processes.is_running(process), 'process %d has ended' % process)
 
 
 def kill_monitor(job):

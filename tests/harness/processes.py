@@ -32,13 +32,25 @@ def _read(process, name):
 
 def status(process):
     """Return /proc/PID/status as a dict of strings; FileNotFoundError if there is none."""
-    with open('/proc/%d/status' % process) as stream:
-        return dict(line.rstrip('\n').split(':\t', 1) for line in stream)
+    try:
+        with open('/proc/%d/status' % process) as stream:
+            return dict(line.rstrip('\n').split(':\t', 1) for line in stream)
+    except ProcessLookupError:      # it ended after the file was opened
+        raise FileNotFoundError(process) from None
 
 
 def state(process):
     """Return the letter for the state of a process: S sleeps, T is stopped, Z is a zombie."""
     return status(process)['State'][0]
+
+
+def is_running(process):
+    """Say whether a process is there and has not ended, with all its threads."""
+    try:
+        return (state(process) not in 'ZX'
+                or len(os.listdir('/proc/%d/task' % process)) > 1)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def peak_memory(process):

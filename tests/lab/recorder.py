@@ -5,7 +5,7 @@ import re
 import threading
 import time
 
-from jobs import is_running
+from processes import is_running
 from schemas import valid_state
 
 INTERVAL = 0.05     # seconds
