@@ -255,7 +255,7 @@ def test_temporary_directories_may_lack_permissions(wrapper):
     job = wrapper.start_waiting()
     closed = os.path.join(scratch(wrapper), b'supermin', b'etc')
     os.makedirs(os.path.join(closed, b'apt'))
-    for path in (os.path.dirname(closed), closed, os.path.join(closed, b'apt')):
+    for path in (os.path.join(closed, b'apt'), closed, os.path.dirname(closed)):
         os.chown(path, wrapper.user.pw_uid, wrapper.user.pw_gid)
         os.chmod(path, 0o600)
     wrapper.virt_v2v.let('end')

@@ -127,6 +127,8 @@ def assert_survive(host, jobs):
     pytest.param(with_terminal, 20, marks=pytest.mark.long),
     pytest.param(cut, 20, marks=pytest.mark.long)])
 def test_it_returns_at_once_and_the_job_survives(host, start, count):
+    if start in (with_terminal, with_terminal_hung_up):
+        host.sshd.ready('-tt')
     assert_survive(host, [start(host) for _ in range(count)])
 
 
@@ -138,6 +140,7 @@ def test_status_and_message_of_a_refusal_arrive(host):
 
 
 def test_a_terminal_as_stdin_is_refused(host):
+    host.sshd.ready('-tt')
     client = host.popen('-tt')
     said = client.communicate(timeout=60)[0]
     assert client.returncode == 2

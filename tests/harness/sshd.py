@@ -65,10 +65,10 @@ class Sshd:
             [command_path('sshd'), '-D', '-e', '-f', config], cwd=directory, preexec_fn=prepare,
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
 
-    def ready(self):
-        """Wait until one can log in; skip if that cannot be here."""
+    def ready(self, *options):
+        """Wait until one can log in with these options; skip if that cannot be here."""
         eventually(lambda: self._listening() or self._process.poll() is not None, 'sshd listens')
-        login = self.popen('true')
+        login = self.popen('true', *options)
         said = login.communicate(timeout=60)[1]
         if login.returncode != 0:
             self.close()
