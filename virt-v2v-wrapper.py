@@ -69,7 +69,6 @@ check_host().
 It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -1412,13 +1411,15 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1    # keyctl(2)
 # Enough for virt-v2v, and not too many for old programs that close every number there may be.
 _MAX_DESCRIPTORS = 1 << 16
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def system_call(name, *arguments):
     """Call a function of the C library that returns -1 where it fails. Raises OSError."""
-    if getattr(_LIBC, name)(*arguments) == -1:
+    # Not at the top: libffi 3.5 keeps a file open, which must not get the number of a descriptor
+    # that our caller has closed.
+    import ctypes
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) == -1:
         number = ctypes.get_errno()
         raise OSError(number, '{}: {}'.format(name, os.strerror(number)))
 
@@ -1715,8 +1716,8 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
             os.setresgid(self.gid, self.gid, self.gid)
             os.setresuid(self.uid, self.uid, self.uid)
             system_call('prctl', _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-            header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-            system_call('capset', header, (ctypes.c_uint32 * 6)())
+            header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
+            system_call('capset', header, bytes(24))
             system_call('prctl', _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             system_call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
         with blaming('/proc'), open('/proc/self/status') as stream:
@@ -1962,7 +1963,7 @@ def export_directory(spec):
     with blaming(subject):
         os.makedirs(MOUNT_POINT, mode=0o755, exist_ok=True)
         system_call('unshare', _CLONE_NEWNS)
-        system_call('mount', None, b'/', None, ctypes.c_ulong(_MS_REC_SLAVE), None)
+        system_call('mount', None, b'/', None, _MS_REC_SLAVE, None)
     status, output = run_program(
         subject, ['mount', '-t', 'nfs', '-o', 'nosuid,nodev,noexec', '--', spec, MOUNT_POINT],
         {'PATH': ADMIN_PATH, 'LC_ALL': 'C'}, MOUNT_PATIENCE, stderr=subprocess.STDOUT)
