@@ -1048,13 +1048,15 @@ _CAUSES = (
     (r'ovirtsdk4\.AuthError', 'target.auth', 'Correct user and password of the engine.'),
     (r'certificate verif|CA file .+ doesn.t exist', 'target.certificate',
      'Give the file with the CA certificate of the engine.'),
-    (r'ovirtsdk4\.ConnectionError|ConnectionRefusedError', 'target.unreachable',
+    (r'ovirtsdk4\.ConnectionError|Connection(?:Refused|Reset)Error|BrokenPipeError'
+     r'|ssl\.SSL\w*Error', 'target.unreachable',        # the server may die in the copy, too
      'See that engine and image server run, and that this host reaches them.'),
     (r'storage domain .+ does not exist', 'target.storage_missing', 'Give one that is active.'),
     (r'cluster .+ is not part of', 'target.cluster_missing',
      'Give a cluster of the data center that has the storage domain.'),
     (r'ValueError: Invalid format specifier', 'target.port',    # of the scripts of 2.5.2 on
      'Leave the port out of rhv_url.'),
+    (r'Failed to create a VM', 'target.import', 'Look at the events in the engine for the reason.'),
     (r'VM already exists', 'target.vm_exists', 'Remove that VM, or name the new one otherwise.'),
     (r'libvixDiskLib[^:]*: cannot open shared', 'vddk.library',
      'Unpack a whole VDDK that this nbdkit knows, and name it by --vddk-libdir.'))

@@ -38,6 +38,13 @@ SAID = [
      ' authentication access_denied : Cannot authenticate user)', 'target.auth'),
     ('failed server prechecks, see earlier errors (RuntimeError: The storage domain \u2018x\u2019'
      ' does not exist)', 'target.storage_missing'),
+    ('nbdcopy command failed, see earlier error messages (ssl.SSLError: [SSL: UNEXPECTED_EOF_WHILE'
+     '_READING] unexpected eof while reading)', 'target.unreachable'),
+    ('nbdcopy command failed, see earlier error messages (BrokenPipeError: [Errno 32] Broken pipe)',
+     'target.unreachable'),
+    ("failed to create virtual machine, see earlier errors (RuntimeError: Failed to create a VM!"
+     " Failed jobs: [('Importing VM x from configuration to Cluster Default', 'failed')])",
+     'target.import'),
     ("failed server prechecks, see earlier errors (ValueError: Invalid format specifier"
      " 'parsed.port' for object of type 'str')", 'target.port'),
     ('nbdkit did not start up.  See previous debugging messages for problems. (nbdkit: error:'
