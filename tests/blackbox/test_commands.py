@@ -419,6 +419,7 @@ def test_help_fits_80_columns(wrapper):
 
 IMPORTED = """\
 def main(real=module.main):
+    import ctypes       # which each start needs
     before = set(sys.modules)
     status = real([])
     with open({path!r}, 'w') as stream:
