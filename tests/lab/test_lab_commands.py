@@ -106,6 +106,33 @@ def test_check_tells_the_right_thumbprint(lab, domain, check):
         % lab.esx.thumbprint)
 
 
+def test_check_looks_at_a_guest_that_is_read_by_ssh(lab, domain, ssh, check):
+    keys = ssh.keys("twin", ssh_key=ssh.key_text())
+
+    status, shown, stderr = check(lab.request(export_domain=domain.path, **keys))
+
+    assert (status, stderr) == (0, "")
+    assert shown.splitlines()[:4] == [
+        "guest:    " + keys["vm_name"],
+        "disk:     [ds] twin/twin.vmdk",
+        "network:  VM Network %s goes to ovirtmgmt" % TWIN.mac_address(0),
+        "network:  Storage %s goes to ovirtmgmt" % TWIN.mac_address(1)]
+
+
+@pytest.mark.parametrize("guest, has_key, words", [
+    ("twin", False, "source: .*Permission denied"),
+    ("no-such-vm", True, "source: .*No such file"),
+])
+def test_check_tells_what_is_wrong_by_ssh(lab, domain, ssh, check, guest, has_key, words):
+    keys = {"ssh_key": ssh.key_text()} if has_key else {}
+
+    status, shown, stderr = check(lab.request(
+        export_domain=domain.path, **ssh.keys(guest, **keys)))
+
+    assert (status, shown) == (1, "")
+    assert re.match("virt-v2v-wrapper: error: " + words, stderr)
+
+
 Many = namedtuple("Many", "status jobs watched")
 
 
