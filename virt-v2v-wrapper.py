@@ -1333,7 +1333,10 @@ def _export_arguments(capability, _, directory):
 
 def _upload_arguments(capability, request, _):
     output = _output_of(capability, 'upload to oVirt', 'ovirt-upload', 'rhv-upload')
-    url = request.rhv_url.replace(':443/', '/')     # from 2.5.2 on, its scripts fail on any port
+    # From 2.5.2 on, its scripts fail on any port; 2.5.8 brought this feature.
+    url = request.rhv_url.replace(':443/', '/')
+    if 'customize-ops' in capability.features and re.search(':[0-9]+/', url):
+        raise HostError(('rhv_url', 'this version of virt-v2v takes no port there but 443'))
     return ['-o', output, '-oc', url, '-op', request.rhv_password.path,
             '-os', request.rhv_storage, '-oo', 'rhv-cluster=' + request.rhv_cluster,
             '-oo', 'rhv-direct=true',       # the one spelling that all versions take

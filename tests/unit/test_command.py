@@ -172,6 +172,15 @@ def test_the_usual_port_of_an_engine_is_left_out():
                                          url.format(4443)]
 
 
+@pytest.mark.parametrize('host', ['engine', '[::1]'])
+def test_another_port_of_an_engine_is_refused_where_it_fails_late(host):
+    url = 'https://admin@internal@{}:4443/ovirt-engine/api'.format(host)
+    assert refusal(functools.partial(arguments, '2.10.0', **dict(UPLOAD, rhv_url=url))) == [
+        'rhv_url: this version of virt-v2v takes no port there but 443']
+    url = url.replace(':4443', '')
+    assert values_of('-oc', '2.10.0', **dict(UPLOAD, rhv_url=url)) == [url]
+
+
 def test_an_engine_is_not_verified_if_the_caller_says_so():
     assert values_of('-oo', insecure_connection=True, **UPLOAD) == [
         'rhv-cluster=My Cluster', 'rhv-direct=true', 'rhv-verifypeer=false']
