@@ -68,6 +68,20 @@ REFUSED_1_44 = (
     'qemu-img command failed, see earlier errors (ConnectionRefusedError: [Errno 111] Connection'
     ' refused; qemu-img: error while writing at byte 133693440: Input/output error;'
     ' ConnectionResetError: [Errno 104] Connection reset by peer)')
+NO_SERVER = (
+    'nbdcopy command failed, see earlier error messages (BrokenPipeError: [Errno 32] Broken pipe;'
+    ' ssl.SSLError: [SSL: UNEXPECTED_EOF_WHILE_READING] unexpected eof while reading'
+    ' (_ssl.c:2650); nbdcopy: write at offset 406847488 failed: Input/output error;'
+    ' nbdkit: python.7: error: write reply: NBD_CMD_WRITE: Broken pipe)')
+NO_SERVER_2_2 = (
+    'nbdcopy command failed, see earlier error messages (ssl.SSLEOFError: EOF occurred in violation'
+    ' of protocol (_ssl.c:2393); nbdcopy: write at offset 402653184 failed: Input/output error;'
+    ' nbdkit: python.6: error: read data: NBD_CMD_WRITE: Connection reset by peer)')
+NO_SERVER_2_10 = (
+    'nbdcopy exited with non-zero error code 1 (nbdcopy: write at offset 541065216 failed:'
+    ' Input/output error; BrokenPipeError: [Errno 32] Broken pipe; ssl.SSLError: [SSL:'
+    ' UNEXPECTED_EOF_WHILE_READING] unexpected eof while reading (_ssl.c:2778);'
+    ' nbdkit: python.7: error: write reply: NBD_CMD_WRITE: Broken pipe)')
 STOPPED = 'virt-v2v was told to stop by SIGTERM'
 LAB3 = [('[ds] lab3/lab3.vmdk', 100), ('[ds] lab3/lab3_1.vmdk', 100),
         ('[ds] lab3/lab3_2.vmdk', 100)]
@@ -96,6 +110,9 @@ CONVERSIONS = {
         True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', STOPPED, None),
     '2.2.0-vddk-sigkill': Conversion(
         True, [('[ds] slow1/slow1.vmdk', 12)], 1, 'Copying disk 1/1', None, None),
+    '2.2.0-vddk-upload': lab3('81abfe53-dbcc-440f-b1d8-2e47de8ba81a'),
+    '2.2.0-vddk-upload-no-server': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', NO_SERVER_2_2, None),
     '2.2.0': Conversion(
         True, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
         '3f14867f-454f-4214-ae97-19a114110527'),
@@ -108,6 +125,9 @@ CONVERSIONS = {
         True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', FULL_2_10, None),
     '2.10.0-vddk-sigterm': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
+    '2.10.0-vddk-upload': lab3('cc722f9e-f2f4-4444-bace-6783f7dcc3ac'),
+    '2.10.0-vddk-upload-no-server': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', NO_SERVER_2_10, None),
     '1.44.2-vddk-three-disks': lab3('eac6978b-e59b-4abd-83f4-d6bdc164d74e'),
     '1.44.2-vddk-qcow2': lab3('696b8021-3478-481c-9684-697d1469d1ab'),
     '1.44.2-vddk-bad-password': Conversion(
@@ -140,17 +160,41 @@ CONVERSIONS = {
         None),
     '2.6.0-vddk-sigterm': Conversion(
         True, [('[ds] lab1/lab1.vmdk', 25)], 1, 'Copying disk 1/1', STOPPED, None),
+    '2.6.0-vddk-upload': lab3('6f23dfdf-6043-4ba8-be26-de6b24616d69'),
+    '2.6.0-vddk-upload-no-server': Conversion(
+        True, [('[ds] lab1/lab1.vmdk', 62)], 1, 'Copying disk 1/1', NO_SERVER, None),
     '1.40.2': Conversion(
         False, [('disk 1', 100), ('disk 2', 100)], 2, 'Finishing off', None,
         '9a070ebc-048f-4e3b-a412-e2f72f8fdbc1'),
     '1.36.13': Conversion(False, [], 0, 'Opening the overlay', None, None),
 }
-# The disk and the transfer of an upload.
+# The disks and the transfers of an upload.
 UPLOADS = {
     '1.44.2-vddk-upload': (
-        '558032ae-29e7-4205-bd07-8b2195d7fa7a', '97203c1f-0570-4f84-9bb6-a5ed575a82a1'),
+        ['558032ae-29e7-4205-bd07-8b2195d7fa7a'], ['97203c1f-0570-4f84-9bb6-a5ed575a82a1']),
     '1.44.2-vddk-upload-no-server': (
-        '44d1188a-a1ee-43b0-a7e5-7b7bf9cf4a62', 'e80153b5-7a3f-4789-a82c-bbdffc72a4b8'),
+        ['44d1188a-a1ee-43b0-a7e5-7b7bf9cf4a62'], ['e80153b5-7a3f-4789-a82c-bbdffc72a4b8']),
+    '2.2.0-vddk-upload': (
+        ['7c522d56-6ff3-4f90-b763-c4e83c9e05d1', '63822088-f431-4826-8ee4-e8e3314fcbcc',
+         '7d8332d8-2582-42f2-af1f-6f3c98d6f6dd'],
+        ['2309de3d-3f71-4552-b04f-05c86f129f19', 'dd7dcf94-1184-4d28-9f39-d3df8313622a',
+         'e3273811-784c-47c6-bf05-29790ccf5a8d']),
+    '2.2.0-vddk-upload-no-server': (
+        ['2c69fe46-d549-4440-ad34-16bc05bb72ae'], ['9eb50a25-bd7e-4662-803f-485a2e18e117']),
+    '2.6.0-vddk-upload': (
+        ['63013d98-7710-42ea-94c7-0ec4df69b3e7', '59193262-1a8d-407d-9e02-ca9d082d753f',
+         'bc667464-ad08-4211-b719-0af46713606f'],
+        ['d9c866cb-374d-4e12-9244-4b0f95e820c7', '298b5420-85a6-4b60-b6af-d35ab4750fee',
+         '3cb8c9de-0c78-4e98-947b-dfd40f71a8f8']),
+    '2.6.0-vddk-upload-no-server': (
+        ['fa027605-4d60-488c-9ac3-3116c912bb16'], ['f0f4579e-1b7f-4596-9b9c-d37a94696d28']),
+    '2.10.0-vddk-upload': (
+        ['dc35374b-1de2-4c97-bd4d-08ddc470bb11', '58bae058-6444-4011-844a-c4c6b078fddc',
+         '6a4a2fdb-da04-41fb-afa0-dbea51fa5283'],
+        ['49144304-4998-4b53-8aa1-d4c09ac1c949', 'dbb47f84-8124-47ea-acd1-2fafc282cce9',
+         '01717aa5-8cf9-424e-9daf-e79281aa101c']),
+    '2.10.0-vddk-upload-no-server': (
+        ['dcc25cf7-46b1-446c-be2f-a9f7dfe5ec1f'], ['42e06372-9b19-4076-a94f-e9e97e2d0a04']),
 }
 NAMES = sorted(CONVERSIONS)
 LOADED = {name: load(name) for name in NAMES}
@@ -193,8 +237,8 @@ def test_a_recording_has_the_id_of_its_vm(name):
 
 @pytest.mark.parametrize('name', sorted(UPLOADS))
 def test_a_recording_has_what_was_made_for_its_upload(name):
-    disk, transfer = UPLOADS[name]
-    assert replayed(name).state['upload'] == {'disks': [disk], 'transfers': [transfer]}
+    disks, transfers = UPLOADS[name]
+    assert replayed(name).state['upload'] == {'disks': disks, 'transfers': transfers}
 
 
 def test_listed_disks_are_those_that_are_copied():
