@@ -22,14 +22,14 @@ def pytest_addoption(parser):
                      help="copy logs and states of each test of the lab to a directory of DIR")
 
 
-SUMMARIES = []      # a line for each job
-
-
 def pytest_terminal_summary(terminalreporter):
-    """Show what the recorders saw."""
-    if SUMMARIES:
+    """Show what the recorders saw, a line for each job."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports
+               if getattr(report, "when", None) == "teardown"]
+    lines = [line for report in reports for name, line in report.user_properties if name == "job"]
+    if lines:
         terminalreporter.section("state files")
-        terminalreporter.write("\n".join(SUMMARIES) + "\n")
+        terminalreporter.write("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,8 @@ def lab(session_lab, request):
     recorders, session_lab.recorders = session_lab.recorders, []
     for recorder in recorders:
         recorder.end()
-        SUMMARIES.append("%s: %s" % (request.node.name, recorder.summary()))
+        line = "%s: %s" % (request.node.name, recorder.summary())
+        request.node.user_properties.append(("job", line))
         keep(recorder, request)
     session_lab.wait_idle(seconds=10)
     assert os.listdir("/var/tmp") == ["v2v-cache-36"]
