@@ -2273,7 +2273,7 @@ class StateFile:
         self._name, self._lock_name = stem + '.state', stem + '.lock'
         # Nobody else has this name, so a file that a killed process left there can be removed.
         self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
-        self._lock = self._held = None
+        self._lock = self._scratch = self._held = None
 
     @property
     def path(self):
@@ -2302,15 +2302,21 @@ class StateFile:
     def lock_if_dead(self):
         """Lock the lock file of a job that may be dead.
 
-        Returns its temporary directory (bytes), b'' if there is no lock file. Raises
-        BlockingIOError if the job is alive; OSError.
+        Returns its temporary directory (bytes), locked, too: a job has that until its end. So b''
+        if the job has ended, and this is a copy of its files. Raises BlockingIOError if the job
+        is alive, also that of a copy; OSError.
         """
         try:
             self._lock = open_to_read(self._lock_name, self.fd)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            scratch = os.read(self._lock, MAX_TEXT).partition(b'\n')[0]
+            if not re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
+                return b''
+            self._scratch = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return b''
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.read(self._lock, MAX_TEXT).partition(b'\n')[0]
+        fcntl.flock(self._scratch, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return scratch
 
     def twin(self):
         """Return the path of the state file of another job of this guest that runs, or None."""
@@ -2333,8 +2339,9 @@ class StateFile:
 
     def close(self):
         """Unlock what lock_if_dead has locked."""
-        if self._lock is not None:
-            os.close(self._lock)
+        for fd in (self._lock, self._scratch):
+            if fd is not None:
+                os.close(fd)
 
     def read(self):
         """Return the state published last, None if there is none. Raises OSError."""
@@ -2465,15 +2472,14 @@ def inherited_by_virt_v2v(job):
                                     if secret is not job.request.ssh_key]
 
 
-def clean_up(remove_made, state, stuck=()):
+def clean_up(remove_made, state, leave):
     """Remove what the failed job of `state` has made in its target: `remove_made` takes the state.
 
-    In a process of its own, because storage may hang; not if processes are `stuck`, because then it
-    does, and they may still write there. Returns what is left, a list of texts, and whether the new
-    VM is complete: then all belongs to that, and stays.
+    In a process of its own, because storage may hang; not if it is to be left. Returns what is
+    left, a list of texts, and whether the new VM is complete: then all belongs to that, and stays.
     """
     made = state.get('images', []) + state.get('upload', {}).get('disks', [])
-    if stuck or not made:
+    if leave or not made:
         return made, False
     answer = Channel()
 
@@ -2511,7 +2517,8 @@ def conclude(job, pid, read_on, document, reason):
             state = document()
             if 'finished' not in state:
                 if return_code != 0:
-                    cleaned = cleaned or clean_up(job.host.target.clean_up, state, stuck)
+                    # Where processes are stuck storage hangs, and they may still write there.
+                    cleaned = cleaned or clean_up(job.host.target.clean_up, state, leave=stuck)
                 job.state.write(finished_document(state, return_code, reason, stuck, *cleaned),
                                 durable=True)
             LOG.write('INFO', 'virt-v2v ended with {}', return_code)
@@ -2572,23 +2579,25 @@ def _remove_of_dead(state, target):
 
 def _end_if_dead(state_file, target):
     scratch = state_file.lock_if_dead()
-    if re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
+    if scratch:
         # What is left of the job has this in its environment, and nothing else has.
         for name in filter(str.isdigit, os.listdir('/proc')):
             with suppress(OSError), open('/proc/{}/environ'.format(name), 'rb') as stream:
                 if b'TMPDIR=' + scratch in stream.read().split(b'\0'):
                     kill(int(name), signal.SIGKILL)
-        remove_tree(scratch)
     state = state_file.read()
     if state and 'finished' not in state:
         LOG.write('WARNING', 'publishing the ending of a dead job: {}', state_file.path)
         reason = ('all processes of the wrapper were killed, or the host was restarted; the state'
                   ' was last written at {}'.format(state.get('updated_at')))
-        cleaned = clean_up(lambda state: _remove_of_dead(state, target), state)
+        # A copy of the files of a job that has ended says nothing of what belongs to whom now.
+        cleaned = clean_up(lambda state: _remove_of_dead(state, target), state, leave=not scratch)
         state_file.write(finished_document(state, None, reason, (), *cleaned), durable=True)
         for name in os.listdir(state_file.fd):
             if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
                 remove(name, state_file.fd)
+    if scratch:
+        remove_tree(scratch)
     state_file.release()
 
 
@@ -2876,6 +2885,7 @@ def prepare(undo, request, options, identity, host, answer):
         guest = '{} {}'.format(request.vmware_uri, request.vm_name)
         held = scratch + b'\n' + guest.encode('utf-8')
         state, logs, paths = create_files(undo, held, host)
+        fcntl.flock(os.open(scratch, os.O_RDONLY), fcntl.LOCK_EX)       # see lock_if_dead()
         twin, cache = state.twin(), cache_directory(scratch)
         if twin:
             raise HostError(('vm_name', 'a job of this guest is running: ' + as_text(twin)))

@@ -1,11 +1,13 @@
 """After any ending but success, nothing that a job has made is left in its target."""
 import os
+import shutil
 import signal
 
 import pytest
 
 import loopback_engine
 from blackbox import DOMAIN
+from commands import command
 from eventually import eventually
 from jobs import kill_wrapper, wait_ended
 from virt_v2v import error, leave, phase, reach, stdout, wait
@@ -70,6 +72,26 @@ def test_what_a_dead_job_has_made_is_removed_by_the_next(wrapper):
     wrapper.start()
     job.wait_finished()
     assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize('endings', [('.state',), ('.state', '.lock')], ids=' '.join)
+@pytest.mark.parametrize('is_alive', [False, True])
+def test_a_copy_of_the_files_of_a_job_is_not_the_job(wrapper, endings, is_alive):
+    """Somebody looks at one, or has restored it: the job goes on, and what it has made stays."""
+    job, path = start_copying(wrapper, leave(0))
+    copy = os.path.join(wrapper.home, 'copy')
+    os.mkdir(copy)
+    for ending in endings:
+        shutil.copy(job.lock_file.replace('.lock', ending), copy)
+    for name in [copy] + [os.path.join(copy, name) for name in os.listdir(copy)]:
+        os.chown(name, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    if is_alive:
+        command(wrapper, '--list', '--state-dir', copy)
+    wrapper.virt_v2v.let('on')
+    assert job.wait_finished()['return_code'] == 0
+    wrapper.wait_gone()
+    command(wrapper, '--list', '--state-dir', copy)
+    assert os.path.exists(path)
 
 
 def test_what_a_successful_job_has_made_stays(wrapper):
