@@ -2204,8 +2204,9 @@ class Upload:
         Returns the IDs that are left, and whether the VM is there: then all belongs to that.
         """
         engine, made = Engine(self._request), state['upload']
-        if 'vm_id' in state and engine.do('GET', 'vms/' + state['vm_id'])[0] == 200:
-            return [], True
+        status = engine.do('GET', 'vms/' + state['vm_id'])[0] if 'vm_id' in state else 404
+        if status != 404:       # an engine that is busy does not say that there is none
+            return ([], True) if status == 200 else (made['disks'], False)
         for transfer in made['transfers']:
             engine.do('POST', 'imagetransfers/{}/cancel'.format(transfer))
         left, give_up = made['disks'], time.monotonic() + CLEAN_PATIENCE - SERVER_PATIENCE

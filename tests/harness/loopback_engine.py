@@ -49,7 +49,9 @@ class Handler(web.Handler):
         name = urllib.parse.unquote_plus(self.path[len(API):])
         if self.headers['Authorization'] != 'Bearer token':
             self.answer(401, 'application/xml', '<fault><reason>no token</reason></fault>')
-        elif name in self.server.model.removed or name.startswith('vms/'):
+        elif name.startswith('vms/'):
+            self.answer(self.server.model.vm_status, 'application/xml', '<vm/>')
+        elif name in self.server.model.removed:
             self.answer(404, 'application/xml', '<fault/>')
         else:
             self.answer(200, 'application/xml', '<all>%s</all>' % ''.join(
@@ -90,6 +92,7 @@ class Engine(web.WebServer):
         certificate = make_certificate(directory)
         super().__init__(certificate, Handler, self)
         self.password, self.removed = password, []
+        self.vm_status = 404            # of the answer for any VM
         self.keys = {
             'export_domain': ABSENT, 'rhv_cafile': certificate, 'rhv_password': password,
             'rhv_url': 'https://127.0.0.1:%d/ovirt-engine/api' % self.port,
