@@ -672,19 +672,24 @@ def parse_request(data):
 
 
 def _read_password(path):
-    """Return the Secret in the first line of a file that only the caller can read."""
-    subject = 'vmware_password_file'
+    """Return the Secret in the first line of a file that only the caller can read.
+
+    Who may call it by sudo is to get at no file of root's, so then that user is the caller.
+    """
+    subject, caller = 'vmware_password_file', os.geteuid() or int(os.environ.get('SUDO_UID', 0))
     with blaming(subject):
-        fd = os.open(path.encode('utf-8'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # So it is not opened yet: a device may act on that.
+        fd = os.open(path.encode('utf-8'), os.O_PATH | os.O_NOFOLLOW)
         status = os.fstat(fd)
-        data = os.read(fd, MAX_REQUEST) if stat.S_ISREG(status.st_mode) else None
-        os.close(fd)
-    if data is None or status.st_uid != os.geteuid():
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != caller:
         raise HostError((subject, 'expected a file that belongs to who starts the conversion'))
     if status.st_mode & 0o077:
         raise HostError((subject, 'others may read it: chmod 600 ' + quoted(path)))
+    with blaming(subject), open('/proc/self/fd/{}'.format(fd), 'rb') as stream:
+        line = stream.readline(MAX_REQUEST)
+    os.close(fd)
     try:
-        return _secret(data.partition(b'\n')[0].rstrip(b'\r').decode('utf-8'))
+        return _secret(line.rstrip(b'\r\n').decode('utf-8'))
     except ValueError:
         raise HostError((subject, 'expected a password in its first line, in UTF-8')) from None
 

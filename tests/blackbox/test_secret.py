@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import pickle
+import pwd
 import re
 import signal
 import traceback
@@ -24,6 +25,7 @@ from blackbox import ABSENT
 from eventually import eventually
 from faults import absent, guardian, strace, tamper, without_interpreter
 from hidden import secret_descriptors
+from results import error_line
 from sweep import begun
 from virt_v2v import copying, die, error, ignore, phase, reach, wait
 from virt_v2v_wrapper import Request, RequestError, Secret, parse_request
@@ -191,6 +193,24 @@ def in_a_file(wrapper, needle):
     os.chown(path, wrapper.caller.pw_uid, wrapper.caller.pw_gid)
     yield {'request': wrapper.request(vmware_password=ABSENT, vmware_password_file=path)}
     os.unlink(path)
+
+
+@pytest.mark.parametrize('owner, status', [('root', 1), ('nobody', 0)])
+def test_sudo_gives_nobody_a_line_of_a_file_of_root_s(root_wrapper, owner, status):
+    """Which would go to any server that the request names."""
+    path, user = os.path.join(root_wrapper.directory, 'password'), pwd.getpwnam(owner)
+    with open(path, 'w') as stream:
+        stream.write('secret\n')
+    os.chmod(path, 0o400)
+    os.chown(path, user.pw_uid, user.pw_gid)
+    job = root_wrapper.start(
+        root_wrapper.request(vmware_password=ABSENT, vmware_password_file=path),
+        environment={'SUDO_UID': str(pwd.getpwnam('nobody').pw_uid)})
+    assert (job.status, job.stderr) == (status, status * error_line(
+        'vmware_password_file: expected a file that belongs to who starts the conversion'))
+    if status == 0:
+        assert root_wrapper.recorded().password == b'secret'
+        job.wait_finished()
 
 
 @contextlib.contextmanager
