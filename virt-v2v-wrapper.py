@@ -110,6 +110,8 @@ MAX_WARNING = 1024
 MAX_WARNINGS = 20
 # Messages whose line in the output has not come yet. One is usual; a pipe holds about that many.
 MAX_ANNOUNCED = 1000
+# The longest OVF of a VM that is looked at, some hundred times the usual length.
+MAX_OVF = 1 << 22
 # What a program may answer. The longest answer in the field, virt-v2v's options, is 2 KiB long.
 MAX_ANSWER = 1 << 16
 CHUNK = 1 << 16             # what is read at once
@@ -2001,12 +2003,15 @@ def remove_images(root, images, vm_id):
     """
     paths = [os.path.join(root, part) for part in ExportDomain.PARTS]
     with opened_directory(paths[0]) as image_fd, opened_directory(paths[1]) as vm_fd:
-        used = b''
+        free = list(images)
         for name in os.listdir(vm_fd):
             with suppress(FileNotFoundError, NotADirectoryError), open(os.open(
-                    '{0}/{0}.ovf'.format(name), os.O_RDONLY, dir_fd=vm_fd), 'rb') as stream:
-                used += stream.read().lower()
-        free = [image for image in images if image.encode('ascii') not in used]
+                    '{0}/{0}.ovf'.format(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
+                    dir_fd=vm_fd), 'rb') as stream:
+                ovf = stream.read(MAX_OVF).lower()
+                if len(ovf) == MAX_OVF:
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+                free = [image for image in free if image.encode('ascii') not in ovf]
         left = [os.path.join(paths[0], image) for image in free
                 if not _remove_directory(image, image_fd)]
         # Its metadata come last: they are no VM's as long as they name no image.

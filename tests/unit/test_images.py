@@ -111,6 +111,28 @@ def test_a_link_in_place_of_the_parts_of_the_domain_is_refused(root):
         remove_images(str(root), [OURS], None)
 
 
+def vast(path):
+    """Make a file that is longer than memory."""
+    with open(str(path), 'w') as stream:
+        stream.truncate(1 << 40)
+
+
+@pytest.mark.parametrize('make', [vast, lambda path: path.symlink_to('/dev/zero')],
+                         ids=['vast', 'endless'])
+def test_where_metadata_cannot_be_read_nothing_is_removed(root, make):
+    (root / 'master' / 'vms' / VM).mkdir()
+    make(root / 'master' / 'vms' / VM / (VM + '.ovf'))
+    with pytest.raises(OSError):
+        remove_images(str(root), [OURS], None)
+    assert image(OURS) <= contents(root)
+
+
+def test_a_pipe_in_place_of_metadata_holds_up_nothing(root):
+    (root / 'master' / 'vms' / VM).mkdir()
+    os.mkfifo(str(root / 'master' / 'vms' / VM / (VM + '.ovf')))
+    assert removed(root, [OURS]) == (image(OURS), ([], False))
+
+
 def test_an_image_that_was_there_at_the_start_is_kept(root):
     domain = ExportDomain(str(root.parent))
     assert domain.clean_up({'images': [OURS]}) == ([], False)
