@@ -363,6 +363,9 @@ def _address(pattern):
         port = re.match('[^/?]*//[^/?]*:([0-9]{1,9})([/?]|$)', value)
         if port and int(port.group(1)) > 0xffff:
             raise _Wrong('a port is at most 65535')
+        if '[' in value:
+            from urllib.parse import urlsplit
+            urlsplit(value)         # of which newer Pythons want an IPv6 address in brackets
         return _text(value, pattern)
     return take
 
@@ -1888,7 +1891,7 @@ def reach_vmware(request):
         with socket.create_connection((uri.hostname, port), SERVER_PATIENCE) as connection:
             with context.wrap_socket(connection) as secured:
                 certificate = secured.getpeercert(binary_form=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:      # the second if it can be no name of a host
         raise HostError(('vmware_uri', 'port {} of {} cannot be reached: {}'.format(
             port, uri.hostname, clean(str(error))))) from None
     kind = 'sha1' if len(request.vmware_fingerprint) == 59 else 'sha256'
@@ -1899,7 +1902,7 @@ def reach_vmware(request):
     host = unquote(uri.path.rpartition('/')[2]) if uri.scheme == 'vpx' else uri.hostname
     try:
         socket.create_connection((host, 902), SERVER_PATIENCE).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         problems.append(('vmware_uri', 'port 902 of {}, where disks are read, cannot be reached:'
                                        ' {}'.format(host, clean(str(error)))))
     return problems
@@ -2138,7 +2141,7 @@ class Engine:
                 return answer.getcode(), answer.read(MAX_ANSWER * 16)
         except HTTPError as error:
             return error.code, error.read(MAX_ANSWER)
-        except (OSError, HTTPException) as error:       # URLError is an OSError
+        except (OSError, ValueError, HTTPException) as error:   # as above; URLError is an OSError
             raise HostError(('rhv_url', clean(str(getattr(error, 'reason', error))))) from None
 
     def do(self, method, path, **query):

@@ -2,6 +2,7 @@
 import json
 import os
 import pwd
+import re
 
 import pytest
 
@@ -109,6 +110,19 @@ def test_a_server_that_cannot_be_reached_is_told(wrapper, server):
         'vmware_uri: port 901 of %s cannot be reached: [Errno 111] Connection refused'
         % server.address]
     assert wrapper.virt_v2v.runs() == []
+
+
+@pytest.mark.parametrize('name', ['a..b', 'a' * 64 + '.b', '[::1::]'])
+def test_what_can_be_no_name_of_a_host_is_told(wrapper, server, name):
+    status, _, stderr = check(wrapper, server, vmware_uri='esx://root@' + name)
+    assert status in (1, 2)         # older Pythons let such an address pass
+    assert re.fullmatch('virt-v2v-wrapper: error: vmware_uri: .*\n', stderr)
+
+
+def test_a_name_of_a_vcenter_s_host_that_can_be_none_is_told(wrapper, server):
+    uri = server.uri().replace('esx', 'vpx', 1).replace('?', '/DC/%FF?')
+    problem, = problems(check(wrapper, server, vmware_uri=uri))
+    assert problem.startswith('vmware_uri: port 902 of \ufffd, where disks are read, ')
 
 
 def test_a_closed_port_of_the_disks_is_told(wrapper, server):

@@ -17,8 +17,8 @@ from blackbox import valid_request
 from loopback_engine import Engine, make_certificate
 from results import mode, refusal
 from virt_v2v_wrapper import (
-    Directory, ExportDomain, HostError, Identity, Options, Upload, check_host, check_ssh,
-    find_drivers, find_nfs_mount, open_private_directory, parse_request)
+    Directory, ExportDomain, HostError, Identity, Options, Upload, WrapperError, check_host,
+    check_ssh, find_drivers, find_nfs_mount, open_private_directory, parse_request)
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
 OTHER = '1c8d2c6a-0000-4000-8000-0123456789AB'
@@ -431,6 +431,13 @@ def test_a_server_that_is_not_there_is_named(engine):
     url = re.sub(':[0-9]+/', ':1/', engine.keys['rhv_url'])
     assert refusal(functools.partial(looked_at, engine, rhv_url=url)) == [
         'rhv_url: [Errno 111] Connection refused']
+
+
+@pytest.mark.parametrize('name', ['a..b', 'a' * 64 + '.b', '[::1::]'])
+def test_what_can_be_no_name_of_a_host_is_refused(engine, name):
+    url = 'https://%s/ovirt-engine/api' % name
+    problem, = refusal(functools.partial(looked_at, engine, rhv_url=url), error=WrapperError)
+    assert problem.startswith('rhv_url: ')
 
 
 def test_a_server_that_is_not_trusted_is_refused(engine, tmp_path, monkeypatch):
