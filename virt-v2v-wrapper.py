@@ -687,7 +687,7 @@ def _read_password(path):
         fd = os.open(path.encode('utf-8'), os.O_PATH | os.O_NOFOLLOW)
         status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != caller:
-        raise HostError((subject, 'expected a file that belongs to who starts the conversion'))
+        raise HostError((subject, 'expected a file, no link, that belongs to who starts it'))
     if status.st_mode & 0o077:
         raise HostError((subject, 'others may read it: chmod 600 ' + quoted(path)))
     with blaming(subject), open('/proc/self/fd/{}'.format(fd), 'rb') as stream:

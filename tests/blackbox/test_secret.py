@@ -207,7 +207,7 @@ def test_sudo_gives_nobody_a_line_of_a_file_of_root_s(root_wrapper, owner, statu
         root_wrapper.request(vmware_password=ABSENT, vmware_password_file=path),
         environment={'SUDO_UID': str(pwd.getpwnam('nobody').pw_uid)})
     assert (job.status, job.stderr) == (status, status * error_line(
-        'vmware_password_file: expected a file that belongs to who starts the conversion'))
+        'vmware_password_file: expected a file, no link, that belongs to who starts it'))
     if status == 0:
         assert root_wrapper.recorded().password == b'secret'
         job.wait_finished()
