@@ -241,7 +241,10 @@ def write_all(fd, data):
     written = 0
     try:
         while written < len(data):
-            written += os.write(fd, data[written:] if written else data)
+            try:
+                written += os.write(fd, data[written:] if written else data)
+            except BlockingIOError:     # a pipe that the caller reads slowly, and has made so
+                select.select([], [fd], [])
     except OSError as error:
         error.written = written
         raise

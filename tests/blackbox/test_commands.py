@@ -1,10 +1,13 @@
 """What an administrator does with many jobs: list them, wait for them, cancel them."""
+import fcntl
 import json
 import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
+import termios
 
 import pytest
 
@@ -261,6 +264,26 @@ def test_what_is_no_file_does_not_break_the_list(wrapper, put):
     put(os.path.join(wrapper.state_dir, 'v2v-import-20200101T000000-1.state'))
     put(job.path.replace('-1.', '-3.').replace('.state', '.lock'))
     assert listed(wrapper)[job.guest]['status'] == 'running'
+
+
+def test_the_list_waits_for_a_reader_that_does_not_block(wrapper):
+    """As of the pipes that some programs make, and of a terminal that they share."""
+    PaperJob(wrapper, 1, vm_name='x' * 4000, phase='y' * 4000).end()
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, 1031, 4096)      # F_SETPIPE_SZ, which Python 3.6 has not
+    os.set_blocking(writer, False)
+    with wrapper.popen(*(wrapper.arguments + ['--list', '--json']), stdout=writer) as process:
+        os.close(writer)
+        eventually(lambda: process.poll() is not None or unread(reader) == size, 'it is full')
+        with open(reader) as stream:
+            rows = json.load(stream)
+        assert (process.wait(60), process.stderr.read()) == (0, b'')
+    assert rows[0]['guest'] == 'x' * 4000
+
+
+def unread(pipe):
+    """Return how many bytes are in a pipe."""
+    return struct.unpack('i', fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
 def test_root_lists_the_jobs_of_vdsm(root_wrapper):
