@@ -1545,7 +1545,7 @@ def run_program(subject, argv, environment, patience, stderr, stdin=subprocess.D
     with blaming(subject):
         child = subprocess.Popen(argv, env=environment, stdin=stdin, stderr=stderr,
                                  stdout=subprocess.PIPE, pass_fds=pass_fds,
-                                 start_new_session=True)
+                                 start_new_session=True, preexec_fn=die_with(os.getpid()))
     give_up = time.monotonic() + patience
     output, piece = b'', None
     try:

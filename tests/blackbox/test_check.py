@@ -3,15 +3,17 @@ import json
 import os
 import pwd
 import re
+import signal
 
 import pytest
 
 import loopback_engine
+import processes
 import web
 from commands import command
 from faults import tamper
 from loopback_engine import make_certificate
-from virt_v2v import DISKS, error, source, stdout, wait, warning
+from virt_v2v import DISKS, error, reach, source, stdout, wait, warning
 
 GUEST = b"""\
 Source guest information (--print-source option):
@@ -160,6 +162,19 @@ def test_a_virt_v2v_that_hangs_is_ended(wrapper, server):
     wrapper.virt_v2v.play(wait('never'))
     assert problems(check(wrapper, server)) == ['virt-v2v: does not answer']
     assert wrapper.processes() == {}
+
+
+def test_a_check_that_is_killed_leaves_no_virt_v2v(wrapper, server):
+    wrapper.virt_v2v.play(reach('asked'), wait('never'))
+    request = wrapper.request(vmware_uri=server.uri(), vmware_fingerprint=server.thumbprint)
+    with wrapper.popen(*(wrapper.arguments + ['--check'])) as process:
+        process.stdin.write(json.dumps(request).encode())
+        process.stdin.close()
+        wrapper.virt_v2v.wait_for('asked')
+        for pid in processes.children(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 1
+    wrapper.wait_gone()
 
 
 def test_what_is_wrong_with_the_host_is_told_as_by_a_start(wrapper, server):
