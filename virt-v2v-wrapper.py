@@ -3320,8 +3320,8 @@ def wait_for_end(path, guardian_pid, ignored):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     while True:
         gone = ending_of(guardian_pid) is not None
-        if gone and not is_locked(view.lock):
-            return _CODES[view.look().status]
+        if gone and view.look().status != 'running':
+            return _CODES[view.row.status]
         # If the guardian was killed, the monitor goes on, and is no child of ours.
         info = signal.sigtimedwait(signals, LOOK_INTERVAL if gone else 3600)
         if info and info.si_signo != signal.SIGCHLD:

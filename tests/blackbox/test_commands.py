@@ -14,7 +14,7 @@ import pytest
 import blackbox
 from commands import PaperJob, command
 from eventually import eventually
-from faults import guardian, tamper
+from faults import guardian, strace, tamper
 from jobs import kill_monitor, kill_wrapper, wait_ended
 from processes import is_running
 from virt_v2v import DISKS, bar, copying, error, leave, phase, reach, source, wait
@@ -102,6 +102,17 @@ def test_wait_goes_on_if_the_guardian_is_killed(wrapper):
 def test_wait_has_status_3_if_all_of_the_job_is_killed(wrapper):
     waiting = Waiting(wrapper)
     kill_guardian_and_monitor(waiting.job)
+    assert waiting.ending()[0] == 3
+
+
+def test_wait_ends_although_others_take_the_lock_meanwhile(wrapper):
+    """As the next start does, which ends the job: each second look at the lock finds that."""
+    command = wrapper.command
+    wrapper.command = lambda *arguments: [
+        strace(), '-o', '/dev/null', '-e', 'trace=flock', '-e',
+        'inject=flock:error=EAGAIN:when=2+2', '--'] + command(*arguments)
+    waiting = Waiting(wrapper)
+    os.kill(kill_monitor(waiting.job), signal.SIGKILL)
     assert waiting.ending()[0] == 3
 
 
