@@ -2220,9 +2220,13 @@ class Upload:
         Returns the IDs that are left, and whether the VM is there: then all belongs to that.
         """
         engine, made = Engine(self._request), state['upload']
-        status = engine.do('GET', 'vms/' + state['vm_id'])[0] if 'vm_id' in state else 404
-        if status != 404:       # an engine that is busy does not say that there is none
-            return ([], True) if status == 200 else (made['disks'], False)
+        vm = engine.do('GET', 'vms/' + state['vm_id'])[0] if 'vm_id' in state else 404
+        # Who was killed may not have read the ID of the VM yet; but its disks tell.
+        disks = [engine.do('GET', 'disks/' + disk, all_content='true') for disk in made['disks']]
+        if vm == 200 or any(disk.find('vms/vm') is not None for _, disk in disks):
+            return [], True
+        if vm != 404 or not {status for status, _ in disks} <= {200, 404}:
+            return made['disks'], False     # an engine that is busy does not tell
         for transfer in made['transfers']:
             engine.do('POST', 'imagetransfers/{}/cancel'.format(transfer))
         left, give_up = made['disks'], time.monotonic() + CLEAN_PATIENCE - SERVER_PATIENCE

@@ -177,16 +177,20 @@ def test_without_its_password_a_dead_upload_is_named(wrapper, uploading):
     assert engine.removed == []
 
 
+@pytest.mark.parametrize('is_known', [False, True])
 @pytest.mark.parametrize('status, left', [(404, False), (503, True), (200, False)])
-def test_disks_are_removed_only_if_their_vm_is_not_there(wrapper, status, left):
-    """An engine that is starting says neither."""
+def test_disks_are_removed_only_if_their_vm_is_not_there(wrapper, status, left, is_known):
+    """An engine that is starting says neither; the ID of the VM may not have been read yet."""
+    ovf = stdout(b"<OperatingSystemSection ovf:id='%s'>\n" % VM.encode())
     with loopback_engine.provide(wrapper) as engine:
         wrapper.virt_v2v.play(
             phase('Setting up the destination: -o rhv-upload'),
             stdout(b"disk.id = '%s'\n" % DISK.encode()), phase('Creating output metadata'),
-            stdout(b"<OperatingSystemSection ovf:id='%s'>\n" % VM.encode()), wait('never'))
+            [ovf] if is_known else [], reach('end'), wait('never'))
         job = wrapper.start(wrapper.request(**engine.keys))
-        pid = job.wait_state(lambda state: 'vm_id' in state, 'the VM is in the state')['pid']
+        wrapper.virt_v2v.wait_for('end')
+        pid = job.wait_state(lambda state: 'upload' in state and ('vm_id' in state) is is_known,
+                             'what was made is in the state')['pid']
         engine.vm_status = status
         os.kill(pid, signal.SIGKILL)
         state = job.wait_finished()

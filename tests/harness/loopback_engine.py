@@ -49,8 +49,10 @@ class Handler(web.Handler):
         name = urllib.parse.unquote_plus(self.path[len(API):])
         if self.headers['Authorization'] != 'Bearer token':
             self.answer(401, 'application/xml', '<fault><reason>no token</reason></fault>')
-        elif name.startswith('vms/'):
-            self.answer(self.server.model.vm_status, 'application/xml', '<vm/>')
+        elif name.startswith('vms/') or self.server.model.vm_status not in (200, 404):
+            self.answer(self.server.model.vm_status, 'application/xml', '<x/>')
+        elif name.endswith('?all_content=true') and self.server.model.vm_status == 200:
+            self.answer(200, 'application/xml', '<disk><vms><vm id="vm-id"/></vms></disk>')
         elif name in self.server.model.removed:
             self.answer(404, 'application/xml', '<fault/>')
         else:
@@ -92,7 +94,7 @@ class Engine(web.WebServer):
         certificate = make_certificate(directory)
         super().__init__(certificate, Handler, self)
         self.password, self.removed = password, []
-        self.vm_status = 404            # of the answer for any VM
+        self.vm_status = 404            # of the answer for any VM, which has all disks
         self.keys = {
             'export_domain': ABSENT, 'rhv_cafile': certificate, 'rhv_password': password,
             'rhv_url': 'https://127.0.0.1:%d/ovirt-engine/api' % self.port,
