@@ -150,8 +150,8 @@ def test_three_at_a_time_with_xargs(wrapper):
     words = ' '.join(map(shlex.quote, wrapper.command()))
     wrapper.add_program('virt-v2v-wrapper.py', '#!/bin/sh\nexec %s "$@"\n' % words)
     with subprocess.Popen(
-            ['sh', '-c', "ls requests/*.json | xargs -P3 -I{} sh -c"
-             " 'virt-v2v-wrapper.py --wait < {}'"], cwd=wrapper.home, stdout=subprocess.PIPE,
+            ['sh', '-c', "printf '%s\\0' requests/*.json | xargs -0 -P3 -I{} sh -c"
+             " 'virt-v2v-wrapper.py --wait < \"$0\"' {}"], cwd=wrapper.home, stdout=subprocess.PIPE,
             env=wrapper.environment(PATH=wrapper.virt_v2v.bin + ':/usr/bin:/bin'),
             preexec_fn=lambda: blackbox.become(wrapper.caller)) as process:
         lines = process.stdout.read().splitlines()

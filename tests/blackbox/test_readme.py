@@ -360,7 +360,8 @@ def test_forty_guests(wrapper, shell):
     wrapper.virt_v2v.play(error('it is broken'))
     os.mkdir(os.path.join(wrapper.home, 'requests'))
     for name in ('a', 'b'):
-        with open(os.path.join(wrapper.home, 'requests', name + '.json'), 'w') as stream:
+        path = os.path.join(wrapper.home, 'requests', "it's " + name + '.json')
+        with open(path, 'w') as stream:
             json.dump(wrapper.request(vm_name=name), stream)
     lines = shell.run(block('forty'))[1].splitlines()
     assert sorted(lines[-2:]) == ['a: it is broken', 'b: it is broken']
