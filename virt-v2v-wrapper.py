@@ -1521,6 +1521,14 @@ def fork(child):
     return pid
 
 
+def leave_output():
+    """Have /dev/null in place of what the caller may wait for the end of. Raises HostError."""
+    with blaming(os.devnull):
+        null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+
+
 def kill(pid, number):
     """Send a signal to a process, or with a negative `pid` to a group, if there is one of ours."""
     with suppress(ProcessLookupError, PermissionError):
@@ -2506,6 +2514,8 @@ def clean_up(remove_made, state, leave):
 
     def child():
         try:
+            system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            leave_output()              # of --list
             answer.send(remove_made(state))
         except Exception as error:
             LOG.write('WARNING', 'what was made could not be removed: {}', where(error))
@@ -2815,10 +2825,7 @@ def guard(request, options, identity, directory, problems, answer):
     os.chdir('/')
     os.close(answer.reader)
     try:
-        with blaming(os.devnull):
-            null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):             # a caller who waits for their end goes on
-            os.dup2(null, fd)
+        leave_output()
         system_call('prctl', _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         with ExitStack() as undo:
             with interruptible():

@@ -11,7 +11,7 @@ import hung
 import processes
 from eventually import eventually
 from faults import guardian, last_message, tamper
-from jobs import wait_ended
+from jobs import kill_wrapper, wait_ended
 from virt_v2v import fill, fork, leave, phase, reach, stdout, wait
 
 UUID = '0c8d2c6a-0000-4000-8000-0123456789ab'
@@ -121,23 +121,60 @@ def make_domain(wrapper, storage):
             os.chown(os.path.join(directory, name), wrapper.user.pw_uid, wrapper.user.pw_gid)
 
 
+def start_there(wrapper, storage, *steps):
+    """Start a job that makes an image in the storage, plays steps and waits; return it."""
+    make_domain(wrapper, storage)
+    wrapper.virt_v2v.play(phase('Setting up the destination: -o rhv'),
+                          stdout(b'RHV: disk: /x/images/%s/y\n' % UUID.encode()),
+                          [*steps, reach('running'), wait('end'), leave(1)])
+    job = wrapper.start(wrapper.request(export_domain=storage.directory))
+    wrapper.virt_v2v.wait_for('running')
+    job.wait_state(lambda state: 'images' in state, 'the image is in the state')
+    return job
+
+
 @pytest.mark.promise(4)
 def test_the_wrapper_goes_while_its_export_domain_hangs(wrapper, storage):
     """What the job has made there is named, since nobody can remove it now."""
     tamper(wrapper, 'module.END_PATIENCE = 1.0')
-    make_domain(wrapper, storage)
-    wrapper.virt_v2v.play(phase('Setting up the destination: -o rhv'),
-                          stdout(b'RHV: disk: /x/images/%s/y\n' % UUID.encode()), fork(look()),
-                          reach('running'), wait('end'), leave(1))
-    job = wrapper.start(wrapper.request(export_domain=storage.directory))
-    wrapper.virt_v2v.wait_for('running')
-    job.wait_state(lambda state: 'images' in state, 'the image is in the state')
+    job = start_there(wrapper, storage, fork(look()))
     process = child(job)
     storage.hang()
     eventually(lambda: process in storage.waiting(), 'the child sleeps')
     wrapper.virt_v2v.let('end')
     assert wait_finished(job)['left_behind'] == [UUID]
     eventually(lambda: set(wrapper.processes()) == {process}, 'the wrapper is gone')
+
+
+def test_the_list_ends_while_the_domain_of_a_dead_job_hangs(wrapper, storage):
+    tamper(wrapper, 'module.CLEAN_PATIENCE = 1.0')
+    job = start_there(wrapper, storage)
+    kill_wrapper(job)
+    storage.hang()
+    status, _, stderr = answer_of(storage, wrapper.popen(*(wrapper.arguments + ['--list'])))
+    assert (status, stderr) == (0, b'')
+    assert job.state()['left_behind'] == [UUID]
+
+
+@pytest.mark.promise(4)
+def test_a_removal_that_hangs_does_not_outlive_the_job(wrapper, storage):
+    """What a dead job has made is left to the next one, which publishes its end, too."""
+    job = start_there(wrapper, storage)
+    image = os.path.join(storage.directory, UUID, 'images', UUID)
+    os.mkdir(image)
+    os.chown(image, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    kill_wrapper(job)
+    storage.hang()
+    wrapper.virt_v2v.play(wait('removal'), leave(0))
+    next_job = wrapper.start()
+    eventually(storage.waiting, 'the removal sleeps')
+    wrapper.virt_v2v.let('removal')
+    wait_finished(next_job)
+    eventually(lambda: len(wrapper.processes()) == 1, 'the wrapper is gone')
+    storage.release()
+    wrapper.wait_gone()
+    assert os.path.exists(image)
+    assert 'finished' not in job.state()
 
 
 @pytest.mark.promise(4)
