@@ -2892,6 +2892,9 @@ def check_host(request, options, identity, directory, problems, answer):
         subject = '{} {}'.format(' and '.join(named), as_text(path))
         with looking_at(subject):
             opened[path] = open_private_directory(subject, path, make=not options.check)
+            # Where something is started, that tells.
+            if options.check and opened[path] and not os.access(path, os.W_OK | os.X_OK):
+                raise HostError((subject, 'nothing can be written to it'))
     if problems:
         raise HostError(*problems)
     return Host(logs=opened[paths[0]], states=opened[paths[1]], **found)

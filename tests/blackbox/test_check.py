@@ -202,6 +202,14 @@ def test_check_leaves_nothing_behind(wrapper, server, steps):
     assert not os.path.exists(run.environment[b'TMPDIR'])
 
 
+def test_a_directory_that_is_not_to_be_written_to_is_told(wrapper):
+    os.mkdir(wrapper.state_dir)
+    os.chown(wrapper.state_dir, wrapper.user.pw_uid, wrapper.user.pw_gid)
+    os.chmod(wrapper.state_dir, 0o555)
+    found = problems(command(wrapper, '--check', request=wrapper.request()))
+    assert found == ['--state-dir %s: nothing can be written to it' % wrapper.state_dir]
+
+
 def test_directories_that_nobody_could_make_are_told(wrapper, server):
     found = problems(check(wrapper, server, '--log-dir', '/proc/log'))
     assert [line.partition(':')[0] for line in found] == ['--log-dir /proc/log']
