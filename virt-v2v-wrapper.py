@@ -2293,7 +2293,8 @@ class StateFile:
     """The state file of a job, replaced as a whole, and its lock file beside it.
 
     A job is alive as long as its lock is locked, by a descriptor that guardian and monitor share.
-    The lock file holds the path of the job's temporary directory, and a line that says which guest.
+    The lock file holds three lines: the path of the job's temporary directory, which guest it is,
+    and where the lock file is itself, so that a copy of it says nothing of a job.
     """
 
     def __init__(self, directory, stem):
@@ -2302,21 +2303,25 @@ class StateFile:
         self._name, self._lock_name = stem + '.state', stem + '.lock'
         # Nobody else has this name, so a file that a killed process left there can be removed.
         self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
-        self._lock = self._scratch = self._held = None
+        self._lock = self._held = None
 
     @property
     def path(self):
         """Where it is."""
         return os.path.join(self.directory.path, self._name)
 
+    def _place(self):
+        return os.path.realpath(os.path.join(os.fsencode(self.directory.path),
+                                             os.fsencode(self._lock_name)))
+
     def claim(self, held):
-        """Claim the name for a new job, and lock it; `held` (bytes) is what the lock file holds.
+        """Claim the name for a new job, and lock it; `held` are the first two lines (bytes).
 
         Raises FileExistsError if it is taken; OSError.
         """
         self._held = held
         try:
-            self._create_temporary(held, durable=False)
+            self._create_temporary(held + b'\n' + self._place(), durable=False)
             # Open for reading, so that the file system can still be made read-only.
             self._lock = open_to_read(self._temporary, self.fd)
             # Before it has its name, so that nobody ever sees the lock of a living job unlocked.
@@ -2331,21 +2336,16 @@ class StateFile:
     def lock_if_dead(self):
         """Lock the lock file of a job that may be dead.
 
-        Returns its temporary directory (bytes), locked, too: a job has that until its end. So b''
-        if the job has ended, and this is a copy of its files. Raises BlockingIOError if the job
-        is alive, also that of a copy; OSError.
+        Returns its temporary directory (bytes), b'' if there is no lock file but a copy of one.
+        Raises BlockingIOError if the job is alive; OSError.
         """
         try:
             self._lock = open_to_read(self._lock_name, self.fd)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            scratch = os.read(self._lock, MAX_TEXT).partition(b'\n')[0]
-            if not re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
-                return b''
-            self._scratch = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return b''
-        fcntl.flock(self._scratch, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return scratch
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        scratch, *lines = os.read(self._lock, MAX_ANSWER).split(b'\n')
+        return scratch if lines[1:] == [self._place()] else b''
 
     def twin(self):
         """Return the path of the state file of another job of this guest that runs, or None."""
@@ -2355,8 +2355,8 @@ class StateFile:
             if ending != '.lock' or stem == self.stem:
                 continue
             with suppress(OSError), open(open_to_read(name, self.fd), 'rb') as stream:
-                guest = stream.read(MAX_ANSWER).partition(b'\n')[2]
-                if (guest == self._held.partition(b'\n')[2]
+                guest = stream.read(MAX_ANSWER).split(b'\n')[1:2]
+                if (guest == self._held.split(b'\n')[1:]
                         and is_locked(os.path.join(self.directory.path, name))
                         and 'finished' not in (other.read() or ())):
                     return other.path
@@ -2368,9 +2368,8 @@ class StateFile:
 
     def close(self):
         """Unlock what lock_if_dead has locked."""
-        for fd in (self._lock, self._scratch):
-            if fd is not None:
-                os.close(fd)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def read(self):
         """Return the state published last, None if there is none. Raises OSError."""
@@ -2610,25 +2609,24 @@ def _remove_of_dead(state, target):
 
 def _end_if_dead(state_file, target):
     scratch = state_file.lock_if_dead()
-    if scratch:
+    if re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
         # What is left of the job has this in its environment, and nothing else has.
         for name in filter(str.isdigit, os.listdir('/proc')):
             with suppress(OSError), open('/proc/{}/environ'.format(name), 'rb') as stream:
                 if b'TMPDIR=' + scratch in stream.read().split(b'\0'):
                     kill(int(name), signal.SIGKILL)
+        remove_tree(scratch)
     state = state_file.read()
     if state and 'finished' not in state:
         LOG.write('WARNING', 'publishing the ending of a dead job: {}', state_file.path)
         reason = ('all processes of the wrapper were killed, or the host was restarted; the state'
                   ' was last written at {}'.format(state.get('updated_at')))
-        # A copy of the files of a job that has ended says nothing of what belongs to whom now.
+        # A copy of a state says nothing of what belongs to whom now.
         cleaned = clean_up(lambda state: _remove_of_dead(state, target), state, leave=not scratch)
         state_file.write(finished_document(state, None, reason, (), *cleaned), durable=True)
         for name in os.listdir(state_file.fd):
             if name.startswith('.{}.'.format(state_file.stem)):     # a write that was cut short
                 remove(name, state_file.fd)
-    if scratch:
-        remove_tree(scratch)
     state_file.release()
 
 
@@ -2916,7 +2914,6 @@ def prepare(undo, request, options, identity, host, answer):
         guest = '{} {}'.format(request.vmware_uri, request.vm_name)
         held = scratch + b'\n' + guest.encode('utf-8')
         state, logs, paths = create_files(undo, held, host)
-        fcntl.flock(os.open(scratch, os.O_RDONLY), fcntl.LOCK_EX)       # see lock_if_dead()
         twin, cache = state.twin(), cache_directory(scratch)
         if twin:
             raise HostError(('vm_name', 'a job of this guest is running: ' + as_text(twin)))
