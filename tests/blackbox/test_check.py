@@ -3,6 +3,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import signal
 
 import pytest
@@ -175,6 +176,7 @@ def test_a_check_that_is_killed_leaves_no_virt_v2v(wrapper, server):
             os.kill(pid, signal.SIGKILL)
         assert process.wait(60) == 1
     wrapper.wait_gone()
+    shutil.rmtree(os.fsdecode(wrapper.recorded().environment[b'TMPDIR']))   # nobody else will
 
 
 def test_what_is_wrong_with_the_host_is_told_as_by_a_start(wrapper, server):
