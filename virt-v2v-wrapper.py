@@ -83,7 +83,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict, deque, namedtuple
+from collections import deque, namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 
 VERSION = '1.0'
@@ -373,10 +373,6 @@ def _address(pattern):
     return take
 
 
-def _one_of(*values):
-    return lambda value: values[values.index(_text(value))]
-
-
 def _bool(value):
     if not isinstance(value, bool):
         raise TypeError
@@ -440,7 +436,7 @@ def _mapping(value):
 
 
 def _mappings(value):
-    mappings = tuple(OrderedDict.fromkeys(_list(_mapping)(value)))
+    mappings = tuple(dict.fromkeys(_list(_mapping)(value)))
     if len({mac or source for source, _, mac in mappings}) < len(mappings):
         raise _Wrong('a network is mapped twice')       # virt-v2v takes one destination for each
     return mappings
@@ -509,7 +505,7 @@ def _rules(*rows):
 
 
 # The keys of each way to read the guest, which transport_method names.
-_TRANSPORTS = OrderedDict(
+_TRANSPORTS = dict(
     vddk=_rules(
         ('vm_name', _MANDATORY, _text,
          'a non-empty string of at most 4096 bytes without control characters'),
@@ -524,7 +520,7 @@ _TRANSPORTS = OrderedDict(
          'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
         ('ssh_key', None, _private_key, 'the text of a private key that needs no passphrase')))
 # The keys of each place to write it to. The first of them is what tells the target.
-_TARGETS = OrderedDict(
+_TARGETS = dict(
     export_domain=_rules(
         ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
          'HOST:/PATH or an absolute directory, without blanks or control characters')),
@@ -540,14 +536,14 @@ _TARGETS = OrderedDict(
         ('insecure_connection', False, _bool, 'true or false')))
 # The keys of every request.
 _COMMON = _rules(
-    ('transport_method', _MANDATORY, _one_of(*_TRANSPORTS),
+    ('transport_method', _MANDATORY, _like('|'.join(_TRANSPORTS)),
      ' or '.join('"{}"'.format(name) for name in _TRANSPORTS)),
-    ('output_format', 'raw', _one_of('raw', 'qcow2'), '"raw" or "qcow2"'),
+    ('output_format', 'raw', _like('raw|qcow2'), '"raw" or "qcow2"'),
     ('source_disks', (), _disks, 'a list of different non-empty strings'),
     ('network_mappings', (), _mappings,
      'a list of {"source": NAME without ":", "destination": NAME, "mac_address": optional},'
      ' each source or address once'),
-    ('allocation', None, _one_of('sparse', 'preallocated'), '"sparse" or "preallocated"'),
+    ('allocation', None, _like('sparse|preallocated'), '"sparse" or "preallocated"'),
     ('install_drivers', False, _bool, 'true or false'),
     ('virtio_win', None, _like('/.*'), 'the absolute path of an ISO image or a directory'),
     ('luks_keys', (), _list(_key),
@@ -558,7 +554,7 @@ _COMMON = _rules(
 # A key that another one, of the same rules, may stand for.
 _INSTEAD = {'vmware_password': 'vmware_password_file'}
 # All of them by key.
-_RULES = OrderedDict()
+_RULES = {}
 for _rule in sum(list(_TRANSPORTS.values()) + [_COMMON] + list(_TARGETS.values()), ()):
     _RULES.setdefault(_rule.key, _rule)
 # What the caller wants: a field for each key, None if it is of another transport or target; the
@@ -674,8 +670,9 @@ def parse_request(data):
         # Digits may be a password that is in the wrong place.
         unknown = [key for key in sorted(set(document) - set(_RULES))
                    if re.fullmatch('[A-Za-z_-]{1,40}', key)]
-        raise RequestError(*problems + [('request', 'unknown keys: ' + ', '.join(unknown))
-                                        for _ in unknown[:1]])
+        if unknown:
+            problems.append(('request', 'unknown keys: ' + ', '.join(unknown)))
+        raise RequestError(*problems)
     return Request(target=target, ignored=tuple(sorted(document)), **values)
 
 
@@ -1108,7 +1105,7 @@ class Progress:
         self._disks = []
         self._current = None        # the disk that is being copied
         self._phase = self._error = self._vm_id = None
-        self._causes = OrderedDict()        # program: what it said
+        self._causes = {}        # program: what it said
         self.warnings = []
         # The values of these events: sizes in the order of the copies, and what virt-v2v made.
         self._found = {'size': [], 'image': [], 'upload_disk': [], 'upload_transfer': []}
@@ -2884,7 +2881,7 @@ def check_host(request, options, identity, directory, problems, answer):
     with looking_at('virt-v2v'):
         found['virt_v2v'] = find_virt_v2v()
     paths, opened = job_directories(identity, options), {}
-    for path in OrderedDict.fromkeys(paths):        # both may be the same
+    for path in dict.fromkeys(paths):        # both may be the same
         named = [option for option, other in zip(('--log-dir', '--state-dir'), paths)
                  if other == path]
         subject = '{} {}'.format(' and '.join(named), as_text(path))
