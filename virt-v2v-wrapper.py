@@ -1439,11 +1439,6 @@ def system_call(name, *arguments):
         raise OSError(number, '{}: {}'.format(name, os.strerror(number)))
 
 
-def unblock_signals():
-    """Let all signals in: in a child, before it is executed."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
 def shed_inheritance():
     """Free this process of what its caller left to it, and of core dumps. Raises HostError."""
     for fd in range(3):
@@ -1463,7 +1458,7 @@ def shed_inheritance():
                 signal.SIGPIPE, signal.SIGXFSZ):        # Python ignores these itself
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    unblock_signals()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(0o022)
     # A dump would show the password. A limit of 1 byte also keeps it from being piped to a program,
     # which 0 does not (fs/coredump.c); below a hard limit of 0, it is at least empty.
@@ -1499,6 +1494,17 @@ def interruptible():
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
+def run_and_exit(function):
+    """End this process with the exit status that `function` returns; 1 if that fails."""
+    status = 1
+    try:
+        status = function()
+    except Exception as error:
+        LOG.write('ERROR', 'internal error: {}', where(error))
+    finally:
+        os._exit(status)
+
+
 def fork(child):
     """Fork; the new process runs `child`, a function that returns an exit status, and ends.
 
@@ -1507,13 +1513,7 @@ def fork(child):
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
     pid = os.fork()
     if pid == 0:
-        status = 1
-        try:
-            status = child()
-        except Exception as error:
-            LOG.write('ERROR', 'internal error: {}', where(error))
-        finally:
-            os._exit(status)
+        run_and_exit(child)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
 
@@ -1571,10 +1571,12 @@ def run_program(subject, argv, environment, patience, stderr, stdin=subprocess.D
             child.wait(1)
 
 
-def die_with(parent):
-    """Return what a child does before it is executed: it is killed when process `parent` ends."""
+def die_with_us():
+    """Return what a child does before it is executed, so that it is killed when we end."""
+    parent = os.getpid()
+
     def prepare_child():
-        unblock_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)             # it was killed before that call
@@ -1586,7 +1588,7 @@ def start_agent(key, environment):
     with blaming('ssh-agent'):
         agent = subprocess.Popen(
             ['ssh-agent', '-D', '-a', environment[AGENT]], env=environment,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=die_with(os.getpid()))
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=die_with_us())
         agent.returncode = 0            # end_descendants() reaps it
         agent.stdout.readline()         # it tells where it can be asked
     with open(key.path) as stream:
@@ -2651,14 +2653,8 @@ def monitor(job, report, answer):
     with suppress(OSError):             # the guardian is gone: the launcher has us stop
         report.send(conversion.facts._asdict())
     os.close(report.writer)
-
-    def take_signals():
-        try:
-            conversion.take_signals()
-        except Exception as error:      # a mistake of ours: the guardian ends the job
-            LOG.write('ERROR', 'internal error: {}', where(error))
-            os._exit(1)
-    threading.Thread(target=take_signals, daemon=True).start()
+    # By a mistake of ours in that thread the monitor fails, so the guardian ends the job.
+    threading.Thread(target=run_and_exit, args=[conversion.take_signals], daemon=True).start()
     # In a thread, because a job waits for no other; killing what is left of one takes its time.
     search = threading.Thread(args=[job.host.states, job.host.target],
                               target=end_dead_jobs, daemon=True)
@@ -2708,7 +2704,7 @@ class Conversion:
             child = subprocess.Popen(
                 argv, env=job.environment, stdin=subprocess.DEVNULL, stdout=job.output.writer,
                 stderr=job.output.writer, pass_fds=inherited_by_virt_v2v(job),
-                start_new_session=True, preexec_fn=die_with(os.getpid()))
+                start_new_session=True, preexec_fn=die_with_us())
         close_secrets(job.request)
         child.returncode = 0            # or Popen would reap it: its ID is ours until the very end
         return child.pid
