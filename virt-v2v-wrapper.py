@@ -1539,8 +1539,8 @@ def can_be_read(stream, patience):
     return bool(poll.poll(None if patience is None else max(0, patience) * 1000))
 
 
-def run_program(subject, argv, environment, patience, stderr, stdin=subprocess.DEVNULL,
-                pass_fds=()):
+def run_program(subject, argv, environment, patience, stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, pass_fds=()):
     """Run a program that ends by itself; return its status and what it printed (bytes).
 
     The last three are as for Popen. Raises HostError about `subject`, also if it takes more
@@ -1593,7 +1593,7 @@ def start_agent(key, environment):
         agent.stdout.readline()         # it tells where it can be asked
     with open(key.path) as stream:
         status, output = run_program('ssh-add', ['ssh-add', '-q', '-'], environment,
-                                     PROBE_PATIENCE, stderr=subprocess.STDOUT, stdin=stream)
+                                     PROBE_PATIENCE, stdin=stream, stderr=subprocess.STDOUT)
     if b'passphrase' in output:         # it asks for it, and gets none
         raise HostError(('ssh_key', 'expected a key that needs no passphrase'))
     if status != 0:
@@ -1875,7 +1875,7 @@ def check_ssh(subject, request, _, identity):
     for path in ('/etc/ssh/ssh_known_hosts', os.path.join(identity.home, '.ssh/known_hosts')):
         status, _ = run_program(
             'ssh-keygen', ['ssh-keygen', '-F', name, '-f', path], {'PATH': ADMIN_PATH},
-            PROBE_PATIENCE, stderr=subprocess.DEVNULL)
+            PROBE_PATIENCE)
         if status == 0:
             return
     raise HostError((subject, 'the host key of {} is not known; have root check and add it:'
@@ -2187,8 +2187,7 @@ class Upload:
         for argv, missing in (
                 (['python3', '-c', 'import ovirtsdk4'], 'the Python module ovirtsdk4'),
                 (['nbdkit', '--dump-plugin', 'python'], 'the Python plugin of nbdkit')):
-            status, _ = run_program(argv[0], argv, environment, PROBE_PATIENCE,
-                                    stderr=subprocess.DEVNULL)
+            status, _ = run_program(argv[0], argv, environment, PROBE_PATIENCE)
             if status != 0:
                 raise HostError(('this host', 'needs {} for an upload'.format(missing)))
         engine, storage = Engine(request), request.rhv_storage
@@ -2921,8 +2920,7 @@ def prepare(undo, request, options, identity, host, answer):
 
     def ask(option):
         status, output = run_program(
-            'virt-v2v', [host.virt_v2v, option.encode('ascii')], environment, PROBE_PATIENCE,
-            stderr=subprocess.DEVNULL)
+            'virt-v2v', [host.virt_v2v, option.encode('ascii')], environment, PROBE_PATIENCE)
         lines = output.decode('utf-8', 'replace').split()
         LOG.write('INFO', 'virt-v2v {}: status {}: {}', option, status, ' '.join(lines))
         return lines if status == 0 else None
@@ -3451,10 +3449,8 @@ def parse_arguments(arguments):
 def print_line(fd, text):
     """Write `text` and a line end to descriptor `fd`. Raises OSError, also if nobody reads."""
     data = text.encode('utf-8', 'backslashreplace') + b'\n'
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
     while data:
-        if not poll.poll(PRINT_PATIENCE * 1000):
+        if not select.select([], [fd], [], PRINT_PATIENCE)[1]:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         # A pipe that can be written to has room for this much.
         data = data[os.write(fd, data[:select.PIPE_BUF]):]
