@@ -1693,8 +1693,9 @@ def end_descendants(keep=None):
 
 # --- Places: who we are, which directories, which programs
 
-# The directories that the caller chose, None if not given; whether nothing is to be started.
-Options = namedtuple('Options', 'log_dir state_dir vddk_libdir check')
+# What the command line says: None or False for each option that was not given.
+Options = namedtuple('Options', 'log_dir state_dir vddk_libdir check wait list watch cancel json')
+NO_OPTIONS = Options(*[None] * len(Options._fields))
 # What check_host has found: `target` is an ExportDomain or Upload, `libdir` that of the VDDK or
 # None, `virt_v2v` a path (bytes), `logs` and `states` are Directories, `drivers` a path (bytes) or
 # None.
@@ -3184,8 +3185,10 @@ def fit(text, width):
     return columns(text)[:width].ljust(width).replace('\0', '')
 
 
-def show_check(found):
+def show_check(found, as_json):
     """Print what --check has found."""
+    if as_json:
+        return say(json.dumps(found))
     rows = [('guest', found['vm_name'])] + [('disk', path) for path in found['disks']] + [
         ('network', '{source} {mac_address} goes to {destination}'.format(**network))
         for network in found['networks']] + [
@@ -3332,25 +3335,25 @@ def wait_for_end(path, guardian_pid, ignored):
                 tell_to_stop(view)
 
 
-def look_after_jobs(options, asked):
-    """Do what is `asked` of --list, --watch and --cancel. Returns an exit status."""
-    if asked['watch']:
-        return watch([View(path) for path in asked['watch']])
+def look_after_jobs(options):
+    """Do what --list, --watch or --cancel asks for. Returns an exit status."""
+    if options.watch:
+        return watch([View(path) for path in options.watch])
     identity = Identity.find()
     identity.become()
-    if asked['cancel']:
-        return cancel(asked['cancel'])
+    if options.cancel:
+        return cancel(options.cancel)
     directory, views = job_directories(identity, options)[1], []
     if os.path.lexists(directory):
         opened = open_private_directory('--state-dir ' + as_text(directory), directory)
-        if asked['list']:
+        if options.list:
             end_dead_jobs(opened)
         for name in sorted(os.listdir(opened.fd)):
             if re.fullmatch(_STEM + '[.]state', name):
                 with suppress(HostError):       # somebody's file of that name
                     views.append(View(os.path.join(directory, name)))
-    if asked['list']:
-        list_jobs([view.row for view in views], asked['json'])
+    if options.list:
+        list_jobs([view.row for view in views], options.json)
         return EXIT_STARTED
     views = [view for view in views if view.row.status == 'running']
     if not views:
@@ -3429,21 +3432,17 @@ def _argument_parser():
 
 
 def parse_arguments(arguments):
-    """Return the Options in `arguments`, and what is asked for instead of a start, a dict.
-
-    Raises WrapperError; --help and --version exit.
-    """
+    """Return the Options in `arguments`. Raises WrapperError; --help and --version exit."""
     if not arguments:
-        return Options(None, None, None, False), {}
-    asked, unknown = _argument_parser().parse_known_args(arguments)
-    asked = vars(asked)
+        return NO_OPTIONS
+    found, unknown = _argument_parser().parse_known_args(arguments)
     if unknown:         # it may be a whole request, too: only names of options are shown
         names = [re.match('--[A-Za-z-]*|-.?', word).group() for word in unknown if word[:1] == '-']
         raise RequestError(('usage', 'unknown option: {}; see --help'.format(', '.join(names))
                             if names else 'the request is no argument; ' + _HOW))
-    if asked['json'] and not asked['list'] and not asked['check']:
+    if found.json and not found.list and not found.check:
         raise RequestError(('usage', '--json goes with --check or --list; see --help'))
-    return Options(*map(asked.pop, Options._fields)), asked
+    return Options(**vars(found))
 
 
 def print_line(fd, text):
@@ -3461,13 +3460,13 @@ def main(arguments=None):
     try:
         ignored = {number for number in _STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
         shed_inheritance()
-        options, asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        if asked.get('list') or asked.get('cancel') or asked.get('watch') is not None:
-            return look_after_jobs(options, asked)
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if options.list or options.cancel or options.watch is not None:
+            return look_after_jobs(options)
         told, guardian_pid = launch(read_request(0), options)
         if options.check:
             os.waitpid(guardian_pid, 0)         # then nothing is left
-            say(json.dumps(told)) if asked['json'] else show_check(told)
+            show_check(told, options.json)
             return EXIT_STARTED
         try:
             print_line(1, json.dumps(told))
@@ -3475,7 +3474,7 @@ def main(arguments=None):
             end_guardian(guardian_pid, CANCEL_PATIENCE)
             raise HostError(('standard output', os_text(error)),
                             ('standard output', 'the conversion was stopped')) from None
-        if asked.get('wait'):
+        if options.wait:
             return wait_for_end(told['state_file'], guardian_pid, ignored)
         return EXIT_STARTED
     except Exception as error:

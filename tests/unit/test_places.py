@@ -17,7 +17,7 @@ from blackbox import valid_request
 from loopback_engine import Engine, make_certificate
 from results import mode, refusal
 from virt_v2v_wrapper import (
-    Directory, ExportDomain, HostError, Identity, Options, Upload, WrapperError, check_host,
+    NO_OPTIONS, Directory, ExportDomain, HostError, Identity, Upload, WrapperError, check_host,
     check_ssh, find_drivers, find_nfs_mount, open_private_directory, parse_request)
 
 DOMAIN = '0c8d2c6a-0000-4000-8000-0123456789ab'
@@ -312,14 +312,16 @@ def make_program(directory, bits=0o755):
 
 def checked(host, identity=USER, libdir='vddk', directories=(None, None), problems=()):
     """Return the Host of a job on a host."""
-    options = Options(*directories, str(host / libdir), False)
+    options = NO_OPTIONS._replace(
+        log_dir=directories[0], state_dir=directories[1], vddk_libdir=str(host / libdir))
     directory = None if problems else str(host / 'export')
     return check_host(REQUEST, options, identity, directory, problems, Answer())
 
 
 def test_the_launcher_is_told_what_is_looked_at(host):
     answer = Answer()
-    options = Options('/l', '/s', str(host / 'vddk'), False)
+    options = NO_OPTIONS._replace(
+        log_dir='/l', state_dir='/s', vddk_libdir=str(host / 'vddk'))
     check_host(REQUEST, options, USER, str(host / 'export'), (), answer)
     assert answer.told == [
         'export_domain', '--vddk-libdir %s' % (host / 'vddk'), 'virtio_win', 'virt-v2v',
@@ -473,7 +475,7 @@ def test_drivers_that_are_named_are_taken(tmp_path, name):
 
 def test_drivers_that_are_named_and_missing_are_a_problem(host):
     path = str(host / '\u00fc.iso')
-    options = Options(None, None, str(host / 'vddk'), False)
+    options = NO_OPTIONS._replace(vddk_libdir=str(host / 'vddk'))
     assert refusal(check_host, request_for(virtio_win=path), options, USER, str(host / 'export'),
                    (), Answer()) == ['virtio_win: No such file or directory']
 
