@@ -61,10 +61,10 @@ Each room of this file uses only what is above it, so the processes come last:
 
 A new key of the request is a row of _COMMON, or of its transport or target, and its use, mostly in
 make_arguments(); a secret one is named in secrets_of(), too. A new transport or target has its keys
-in _TRANSPORTS or _TARGETS, its arguments in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, its checks in
-SOURCES or TARGETS; a target is a class like ExportDomain. A new thing that virt-v2v says is a row
-of _TABLE and, if it is a new kind of Event, a method of Progress. A check of the host belongs in
-check_host().
+in _SOURCE_KEYS or _TARGET_KEYS, its arguments in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, its checks
+in SOURCES or TARGETS; a target is a class like ExportDomain. A new thing that virt-v2v says is a
+row of _TABLE and, if it is a new kind of Event, a method of Progress. A check of the host belongs
+in check_host().
 
 It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
@@ -505,7 +505,7 @@ def _rules(*rows):
 
 
 # The keys of each way to read the guest, which transport_method names.
-_TRANSPORTS = dict(
+_SOURCE_KEYS = dict(
     vddk=_rules(
         ('vm_name', _MANDATORY, _text,
          'a non-empty string of at most 4096 bytes without control characters'),
@@ -520,7 +520,7 @@ _TRANSPORTS = dict(
          'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
         ('ssh_key', None, _private_key, 'the text of a private key that needs no passphrase')))
 # The keys of each place to write it to. The first of them is what tells the target.
-_TARGETS = dict(
+_TARGET_KEYS = dict(
     export_domain=_rules(
         ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
          'HOST:/PATH or an absolute directory, without blanks or control characters')),
@@ -536,8 +536,8 @@ _TARGETS = dict(
         ('insecure_connection', False, _bool, 'true or false')))
 # The keys of every request.
 _COMMON = _rules(
-    ('transport_method', _MANDATORY, _like('|'.join(_TRANSPORTS)),
-     ' or '.join('"{}"'.format(name) for name in _TRANSPORTS)),
+    ('transport_method', _MANDATORY, _like('|'.join(_SOURCE_KEYS)),
+     ' or '.join('"{}"'.format(name) for name in _SOURCE_KEYS)),
     ('output_format', 'raw', _like('raw|qcow2'), '"raw" or "qcow2"'),
     ('source_disks', (), _disks, 'a list of different non-empty strings'),
     ('network_mappings', (), _mappings,
@@ -555,7 +555,7 @@ _COMMON = _rules(
 _INSTEAD = {'vmware_password': 'vmware_password_file'}
 # All of them by key.
 _RULES = {}
-for _rule in sum(list(_TRANSPORTS.values()) + [_COMMON] + list(_TARGETS.values()), ()):
+for _rule in sum(list(_SOURCE_KEYS.values()) + [_COMMON] + list(_TARGET_KEYS.values()), ()):
     _RULES.setdefault(_rule.key, _rule)
 # What the caller wants: a field for each key, None if it is of another transport or target; the
 # name of the target; the names of the keys that mean nothing here.
@@ -622,15 +622,15 @@ def _document(data):
 def _rules_for(document):
     """Return the name of the target, and the rules for this request. Raises RequestError."""
     found = {key for key, value in document.items() if value is not None}
-    targets = [name for name, rules in _TARGETS.items() if rules[0].key in found]
+    targets = [name for name, rules in _TARGET_KEYS.items() if rules[0].key in found]
     if len(targets) > 1:
         raise RequestError(('request', 'expected either export_domain or rhv_url, found both'))
     # Without one, what else there is tells what was meant, and then what is missing.
-    meant = [name for name, rules in _TARGETS.items() if found & {rule.key for rule in rules}]
-    target = (targets + meant + list(_TARGETS))[0]
-    transports = [rules for name, rules in _TRANSPORTS.items()
-                  if name == document.get('transport_method')] + list(_TRANSPORTS.values())
-    return target, transports[0] + _COMMON + _TARGETS[target]
+    meant = [name for name, rules in _TARGET_KEYS.items() if found & {rule.key for rule in rules}]
+    target = (targets + meant + list(_TARGET_KEYS))[0]
+    known = document.get('transport_method') in list(_SOURCE_KEYS)
+    method = document['transport_method'] if known else 'vddk'
+    return target, _SOURCE_KEYS[method] + _COMMON + _TARGET_KEYS[target]
 
 
 def _plausible(key, value):
@@ -2866,7 +2866,7 @@ def check_host(request, options, identity, directory, problems, answer):
             problems.extend(error.problems)
 
     if not problems:
-        with looking_at(_TARGETS[request.target][0].key):
+        with looking_at(_TARGET_KEYS[request.target][0].key):
             found['target'] = TARGETS[request.target](request, directory)
     libdir, source = options.vddk_libdir or VDDK_LIBDIR, SOURCES[request.transport_method]
     subject = source.subject.format(as_text(libdir))
@@ -3385,8 +3385,8 @@ def _describe_keys():
     """Return what --help says of the keys of a request."""
     import textwrap
     lines = []
-    for name, rules in [('every request', _COMMON)] + list(_TRANSPORTS.items()) + list(
-            _TARGETS.items()):
+    for name, rules in [('every request', _COMMON)] + list(_SOURCE_KEYS.items()) + list(
+            _TARGET_KEYS.items()):
         lines += ['', 'keys of {}:'.format(name)] + [
             textwrap.fill(('' if rule.default is _MANDATORY else 'optional: ') + rule.expected, 79,
                           initial_indent='  {:21}'.format(rule.key), subsequent_indent=' ' * 23)

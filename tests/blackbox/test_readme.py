@@ -166,7 +166,7 @@ def test_the_example_of_a_request_is_valid_and_has_all_keys():
     request = script.parse_request(block('request').encode('utf-8'))
     assert request.ignored == ()
     assert set(example('request')) >= {
-        rule.key for rule in script._TRANSPORTS['vddk'] + script._TARGETS['export_domain']} - {
+        rule.key for rule in script._SOURCE_KEYS['vddk'] + script._TARGET_KEYS['export_domain']} - {
             'vmware_password_file'}
 
 

@@ -9,7 +9,7 @@ from schemas import VALIDATORS, schema
 
 REQUEST, STATE = schema('request'), schema('state')
 # Each part of the request's schema, and the rules of the script for the same keys.
-PARTS = dict(script._TRANSPORTS, **script._TARGETS)
+PARTS = dict(script._SOURCE_KEYS, **script._TARGET_KEYS)
 PARTS = [('request', REQUEST, script._COMMON)] + [
     (name, REQUEST['$defs'][name], PARTS[name]) for name in PARTS]
 
@@ -59,7 +59,7 @@ def test_each_key_of_a_request_is_described(part):
 
 def test_the_request_has_the_limits_and_choices_of_the_script():
     assert REQUEST['$defs']['text']['maxLength'] == script.MAX_TEXT
-    assert REQUEST['properties']['transport_method']['enum'] == list(script._TRANSPORTS)
+    assert REQUEST['properties']['transport_method']['enum'] == list(script._SOURCE_KEYS)
 
 
 # --- the state ---------------------------------------------------------------------------
