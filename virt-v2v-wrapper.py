@@ -242,7 +242,7 @@ def write_all(fd, data):
     try:
         while written < len(data):
             try:
-                written += os.write(fd, data[written:] if written else data)
+                written += os.write(fd, data[written:])
             except BlockingIOError:     # a pipe that the caller reads slowly, and has made so
                 select.select([], [fd], [])
     except OSError as error:
@@ -1798,19 +1798,17 @@ def open_private_directory(subject, path, make=True):
     there = path
     while not os.path.lexists(there):
         there = os.path.dirname(there)
-    try:
-        if make:
-            os.makedirs(path, mode=0o755, exist_ok=True)
-        elif there != path:
-            if not os.access(there, os.W_OK | os.X_OK):
-                raise PermissionError
-            return None
-    except PermissionError:
-        raise HostError((subject, 'is missing, and may only be made by root: '
-                                  + _command_for(path))) from None
-    except OSError as error:
-        raise HostError((subject, os_text(error))) from None
     with blaming(subject):
+        try:
+            if make:
+                os.makedirs(path, mode=0o755, exist_ok=True)
+            elif there != path:
+                if not os.access(there, os.W_OK | os.X_OK):
+                    raise PermissionError
+                return None
+        except PermissionError:
+            raise HostError((subject, 'is missing, and may only be made by root: '
+                                      + _command_for(path))) from None
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     status = os.fstat(fd)
     if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
@@ -3256,11 +3254,12 @@ def watch(views):
         running = [view for view in views if view.look().status == 'running']
         if screen:
             screen.show(views, everything=not running)
-        for view in views if not screen else ():
-            line = '{}: {}% {}'.format(view.row.guest, int(view.row.percent), view.news())
-            if said.get(view) != line:
-                say(line)
-            said[view] = line
+        else:
+            for view in views:
+                line = '{}: {}% {}'.format(view.row.guest, int(view.row.percent), view.news())
+                if said.get(view) != line:
+                    say(line)
+                said[view] = line
         time.sleep(LOOK_INTERVAL if running else 0)
     codes = {_CODES[view.row.status] for view in views} | {EXIT_STARTED}
     return EXIT_FAILED if EXIT_FAILED in codes else max(codes)
