@@ -1926,7 +1926,9 @@ SOURCES = {'vddk': Source('--vddk-libdir {}', check_vddk, reach_vmware),
 
 # --- Target: the export domain, or oVirt's engine, and what a failed job has made there
 
-Mount = namedtuple('Mount', 'id parent root point kind source options')
+Mount = namedtuple('Mount', 'id parent root point options kind source kind_options')
+# How proc(5) writes one in a line: the groups are its fields.
+_MOUNT_LINE = '(?m)^{0} {0} [^ \n]+ {0} {0} {0} (?:[^ \n]+ )*?- {0} {0} {0}'.format('([^ \n]*)')
 
 
 def mount_at(path, mounts):
@@ -1950,19 +1952,14 @@ def find_nfs_mount(spec, mountinfo):
     `mountinfo` is a text as in proc(5). VDSM's own mount is preferred. A mount that is read-only,
     shows only a part of the export, or is hidden by another does not count.
     """
-    mounts = []
-    for line in mountinfo.split('\n'):
-        left, _, right = line.partition(' - ')
-        fields, more = left.split(' '), right.split(' ')
-        if len(fields) >= 6 and len(more) >= 3:
-            root, point, source = (
-                re.sub(r'\\([0-7]{3})', lambda match: chr(int(match.group(1), 8)), name)
-                for name in (fields[3], fields[4], more[1]))
-            mounts.append(Mount(fields[0], fields[1], root, point, more[0], source,
-                                fields[5].split(',') + more[2].split(',')))
+    def unescaped(text):
+        return re.sub(r'\\([0-7]{3})', lambda match: chr(int(match.group(1), 8)), text)
+
+    mounts = [Mount(*map(unescaped, fields)) for fields in re.findall(_MOUNT_LINE, mountinfo)]
     found = [mount.point for mount in mounts
              if mount.kind in ('nfs', 'nfs4') and mount.source.rstrip('/') == spec.rstrip('/')
-             and mount.root == '/' and 'ro' not in mount.options
+             and mount.root == '/'
+             and 'ro' not in mount.options.split(',') + mount.kind_options.split(',')
              and mount_at(mount.point, mounts) is mount]
     preferred = [point for point in found if point.startswith('/rhev/data-center/mnt/')]
     return (preferred or found or [None])[-1]
