@@ -1894,23 +1894,21 @@ def reach_vmware(request):
     from urllib.parse import unquote, urlsplit
     uri, problems = urlsplit(request.vmware_uri), []
     port = uri.port or 443
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    socket.setdefaulttimeout(SERVER_PATIENCE)
     try:
-        with socket.create_connection((uri.hostname, port), SERVER_PATIENCE) as connection:
-            with context.wrap_socket(connection) as secured:
-                certificate = secured.getpeercert(binary_form=True)
+        certificate = ssl.get_server_certificate((uri.hostname, port))
     except (OSError, ValueError) as error:      # the second if it can be no name of a host
         raise HostError(('vmware_uri', 'port {} of {} cannot be reached: {}'.format(
             port, uri.hostname, clean(str(error))))) from None
     kind = 'sha1' if len(request.vmware_fingerprint) == 59 else 'sha256'
-    found = re.sub('(..)(?=.)', r'\1:', hashlib.new(kind, certificate).hexdigest().upper())
+    digest = hashlib.new(kind, ssl.PEM_cert_to_DER_cert(certificate)).hexdigest()
+    found = re.sub('(..)(?=.)', r'\1:', digest.upper())
     if found != request.vmware_fingerprint:
         problems.append(('vmware_fingerprint', 'the server has ' + found))
     # A vCenter only knows the disks; the host that has them is the last part of the path.
     host = unquote(uri.path.rpartition('/')[2]) if uri.scheme == 'vpx' else uri.hostname
     try:
-        socket.create_connection((host, 902), SERVER_PATIENCE).close()
+        socket.create_connection((host, 902)).close()
     except (OSError, ValueError) as error:
         problems.append(('vmware_uri', 'port 902 of {}, where disks are read, cannot be reached:'
                                        ' {}'.format(host, clean(str(error)))))
