@@ -2384,11 +2384,17 @@ class StateFile:
         try:
             self._create_temporary(text.encode('utf-8', 'backslashreplace'), durable)
             os.rename(self._temporary, self._name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        except OSError as error:
+        except FileNotFoundError:
+            # The directory was removed: make it again, for the next write.
+            anew = open_private_directory('state directory', self.directory.path)
+            os.dup2(anew.fd, self.fd, inheritable=False)
+            os.close(anew.fd)
+            with suppress(FileExistsError):
+                self.claim(self._held)
+            raise
+        except OSError:
             with suppress(OSError):
                 remove(self._temporary, self.fd)
-            if isinstance(error, FileNotFoundError):
-                self._open_anew()
             raise
         try:
             if durable:
@@ -2404,14 +2410,6 @@ class StateFile:
                 os.fsync(fd)
         finally:
             os.close(fd)
-
-    def _open_anew(self):
-        """The directory was removed: make it again, for the next write."""
-        anew = open_private_directory('state directory', self.directory.path)
-        os.dup2(anew.fd, self.fd, inheritable=False)
-        os.close(anew.fd)
-        with suppress(FileExistsError):
-            self.claim(self._held)
 
     def discard(self):
         """Remove state file and lock, of a job that nobody was told of. Raises OSError."""
