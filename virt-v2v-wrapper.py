@@ -757,15 +757,15 @@ Event = namedtuple('Event', 'name value')
 _SETUP, _OPENING, _GUEST, _TARGET, _COPYING, _METADATA, _OVER = (
     'setup', 'opening', 'guest', 'target', 'copying', 'metadata', 'over')
 _STAGES = (
-    ('Setting up the source', _SETUP),          # 2.x
-    ('Opening the source -i', _SETUP),          # 1.x
-    ('Opening the ', _OPENING),                 # the appliance starts, and its kernel talks
-    ('Creating an overlay', _OPENING),          # 1.x
-    ('Setting up the destination', _TARGET),    # 2.x
-    ('Initializing the target', _TARGET),       # 1.x
-    ('Copying disk ', _COPYING),
-    ('Creating output metadata', _METADATA),
-    ('Finishing off', _METADATA),
+    (b'Setting up the source', _SETUP),         # 2.x
+    (b'Opening the source -i', _SETUP),         # 1.x
+    (b'Opening the ', _OPENING),                # the appliance starts, and its kernel talks
+    (b'Creating an overlay', _OPENING),         # 1.x
+    (b'Setting up the destination', _TARGET),   # 2.x
+    (b'Initializing the target', _TARGET),      # 1.x
+    (b'Copying disk ', _COPYING),
+    (b'Creating output metadata', _METADATA),
+    (b'Finishing off', _METADATA),
 )
 # Beside stages: what counts only in versions with messages, and what in those without counts at
 # every stage, as their errors may come at any time.
@@ -896,12 +896,12 @@ class Parser:
         self._has_messages = has_messages
         # Texts of phases, in bytes, whose message has come and whose line has not.
         self._announced = deque(maxlen=MAX_ANNOUNCED)
-        self._begin(_SETUP)
+        self._go_to(_SETUP)
         self._copies = 0            # how many have begun
         self._message_lines = Lines(MAX_MESSAGE_LINE)
         self._lines = Lines(MAX_LINE)
         self._target_phases = []    # those texts in which the target is prepared
-        self._begun = None          # event and text of an error or warning that goes on
+        self._unfinished = None     # an error or warning that goes on: an Event, its text in bytes
         self._farewell = []         # an event that counts if no phase follows
 
     def messages(self, chunk):
@@ -928,9 +928,9 @@ class Parser:
     def end(self):
         """Return the events that were waiting for more output."""
         events = self._parse(self._lines.end() + b'\n')
-        if self._begun:
-            events.append(Event(self._begun[0], clean(self._begun[1])))
-            self._begun = None
+        if self._unfinished:
+            events.append(Event(self._unfinished.name, clean(self._unfinished.value)))
+            self._unfinished = None
         # It may have ended before the line came that says when.
         for text in list(self._announced):
             events += [event for event in self._enter(text) if event.name == 'disk']
@@ -944,7 +944,7 @@ class Parser:
         """
         stage_rows = self._rows
         near = [row for row in (stage_rows if rows is None else rows) if row.literal in lines]
-        if not (near or self._begun or self._may_have_phase(lines)):
+        if not (near or self._unfinished or self._may_have_phase(lines)):
             return []
         middle = lines.find(b'\n', len(lines) // 2)
         if len(lines) > PIECE and middle > 0:
@@ -964,8 +964,8 @@ class Parser:
 
     def _line(self, line):
         """Return the events in one line."""
-        if self._begun:
-            return self._wrapped(self._begun[0], line)
+        if self._unfinished:
+            return self._wrapped(self._unfinished.name, line)
         if line[:1] == b'[':
             match = re.fullmatch(_PHASE_LINE, line)
             return self._enter(match.group(1)) if match else []
@@ -992,14 +992,14 @@ class Parser:
             self._announced.remove(text)
         self._copies += bool(number)
         self._farewell = []
-        stage = next((stage for start, stage in _STAGES
-                      if text.startswith(start.encode('ascii'))), _GUEST)
-        self._begin(stage)
-        self._target_phases += [text] if stage == _TARGET else []
+        stage = next((stage for start, stage in _STAGES if text.startswith(start)), _GUEST)
+        self._go_to(stage)
+        if stage == _TARGET:
+            self._target_phases.append(text)
         event = Event('disk', number) if number else Event('idle', None)
         return [event] if self._has_messages else [Event('phase', clean(text)), event]
 
-    def _begin(self, stage):
+    def _go_to(self, stage):
         # What is understood now, and of that what may be in these lines.
         self._rows = self._near = [row for row in _TABLE if (
             stage in row.stages if self._has_messages else
@@ -1008,12 +1008,12 @@ class Parser:
     def _wrapped(self, name, text):
         """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
         if name == 'error':
-            self._begin(_OVER)          # what nbdkit says from now on is no cause of it
+            self._go_to(_OVER)          # what nbdkit says from now on is no cause of it
         if self._has_messages:
             return []
-        text = (self._begun[1] if self._begun else b'') + text
+        text = (self._unfinished.value if self._unfinished else b'') + text
         goes_on = (not text or text.endswith(b' ')) and len(text) < MAX_MESSAGE
-        self._begun = (name, text) if goes_on else None
+        self._unfinished = Event(name, text) if goes_on else None
         return [] if goes_on else [Event(name, clean(text))]
 
 
