@@ -256,8 +256,7 @@ class Log:
     Not the module logging: importing that takes longer than all that is done before virt-v2v runs.
     """
 
-    def __init__(self):
-        self.fd = None          # the job's log, as soon as there is one
+    fd = None       # of the job's log, as soon as there is one
 
     def write(self, level, template, *values):
         """Add a record: `template` with `values` in the places of its {}."""
@@ -1710,8 +1709,6 @@ def as_text(path):
 
 class Identity(namedtuple('Identity', 'name uid gid home')):
     """The account that the conversion runs as."""
-
-    __slots__ = ()
 
     @classmethod
     def find(cls):
