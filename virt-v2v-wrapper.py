@@ -2962,7 +2962,7 @@ def look_at_source(job, answer):
     if request.ssh_key:
         start_agent(request.ssh_key, job.environment)
     with open(os.path.join(job.scratch, b'output'), 'w+b') as output:
-        status, text = run_program(
+        status, shown = run_program(
             'virt-v2v', [job.host.virt_v2v, b'--print-source'] + job.arguments, job.environment,
             SOURCE_PATIENCE, stderr=output, pass_fds=inherited_by_virt_v2v(job))
         output.seek(0)
@@ -2981,7 +2981,7 @@ def look_at_source(job, answer):
         raise HostError(*problems)
     # Bridge "VM Network" mac: 00:50:56:82:03:01 [vmxnet3]
     nics = re.findall(r'(?m)^\t(?:Bridge|Network) "(.*)"(?: mac: ([0-9A-Fa-f:]{17}))?',
-                      text.decode('utf-8', 'replace'))
+                      shown.decode('utf-8', 'replace'))
     goes_to = {mac or source: destination
                for source, destination, mac in request.network_mappings}
     return dict(
