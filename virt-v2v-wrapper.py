@@ -1104,7 +1104,7 @@ class Progress:
         self._disks = []
         self._current = None        # the disk that is being copied
         self._phase = self._error = self._vm_id = None
-        self._causes = {}        # program: what it said
+        self._causes = {}           # program: what it said
         self.warnings = []
         # The values of these events: sizes in the order of the copies, and what virt-v2v made.
         self._found = {'size': [], 'image': [], 'upload_disk': [], 'upload_transfer': []}
@@ -1575,7 +1575,7 @@ def die_with_us():
     parent = os.getpid()
 
     def prepare_child():
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())      # let all in
         system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)             # it was killed before that call
@@ -2865,7 +2865,7 @@ def check_host(request, options, identity, directory, problems, answer):
     with looking_at('virt-v2v'):
         found['virt_v2v'] = find_virt_v2v()
     paths, opened = job_directories(identity, options), {}
-    for path in dict.fromkeys(paths):        # both may be the same
+    for path in dict.fromkeys(paths):       # both may be the same
         named = [option for option, other in zip(('--log-dir', '--state-dir'), paths)
                  if other == path]
         subject = '{} {}'.format(' and '.join(named), as_text(path))
