@@ -44,6 +44,11 @@ def more_groups():
     os.setgroups([0, GROUP_OF_ROOT_S])
 
 
+def another_group():
+    """Be in a group of root's own, as newgrp has it."""
+    os.setgid(GROUP_OF_ROOT_S)
+
+
 def no_groups():
     """Have no group at all."""
     os.setgroups([])
@@ -56,8 +61,8 @@ def everything():
     keep_all()
 
 
-@pytest.mark.parametrize('prepare', [more_groups, no_groups, make_inheritable, keep_all,
-                                     everything])
+@pytest.mark.parametrize('prepare', [more_groups, another_group, no_groups, make_inheritable,
+                                     keep_all, everything])
 def test_all_processes_are_vdsm_s_and_have_no_capabilities(root_wrapper, prepare):
     root_wrapper.virt_v2v.play(reach('running'), wait('end'))
     job = root_wrapper.start(prepare=prepare)

@@ -294,7 +294,10 @@ def test_with_messages_a_phase_line_is_only_a_mark():
 
 @pytest.mark.parametrize('phase', STAGES)
 def test_a_phase_line_that_was_not_announced_does_not_count(phase):
-    assert modern(phase).output(phase_line('Copying disk 1/2')) == []
+    parser = modern(phase)
+    assert parser.output(phase_line('Copying disk 1/2')) == []
+    parser.messages(json_message(METADATA))         # now lines of phases are looked for
+    assert parser.output(phase_line(GUEST) + phase_line(METADATA)) == [('idle', None)]
 
 
 def test_a_phase_counts_once_for_each_announcement():
@@ -552,6 +555,7 @@ def test_a_wrapped_error_may_end_with_the_output():
     'xvirt-v2v: warning: error: x',
     'Failed to determine unit we run in, ignoring: No data available',
     'supermin: error: x',
+    'TypeError: debug() argument 1 must be str, not bytes',     # after each HTTP error of imageio
 ])
 @pytest.mark.parametrize('phase', STAGES)
 @pytest.mark.parametrize('events', [in_modern, in_legacy])

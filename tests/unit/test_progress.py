@@ -332,7 +332,8 @@ def test_the_keys_of_the_end_come_last(return_code, keys):
 
 def test_the_state_is_json_of_the_published_types():
     state = published(document(FULL))
-    assert TIME.fullmatch(state.pop('updated_at'))
+    updated_at = state.pop('updated_at')
+    assert TIME.fullmatch(updated_at) and updated_at != FACTS.started_at
     assert state == {
         'started': True, 'pid': 4711, 'wrapper_pid': 4710, 'vm_name': 'vm', 'target': {},
         'wrapper_log': '/w.log', 'v2v_log': '/v.log', 'started_at': FACTS.started_at,
@@ -465,13 +466,16 @@ def test_in_10000_conversions_progress_does_not_go_backwards(events, listed):
 
 def test_warnings_are_shown_once_and_not_too_many_or_too_long():
     texts = ['x' * 5000, 'again', 'again'] + ['number %d' % number for number in range(50)]
-    warnings = document([Event('warning', text) for text in texts])['warnings']
-    assert warnings[:3] == ['x' * 1024, 'again', 'number 0']
+    events = [Event('warning', text) for text in texts] + copying(1, 1) + finishing()
+    warnings = document(events, [A, B])['warnings']
+    assert warnings[:4] == ['the guest has no disk ' + B, 'x' * 1024, 'again', 'number 0']
     assert len(warnings) == 20
 
 
 def test_a_disk_has_its_size_where_each_has_one():
-    events = [source(A), source(B), Event('size', 7), Event('size', 8)] + copying(1, 2)
+    events = [source(A), source(B), Event('size', 7), Event('size', 8)]
+    assert [disk.get('bytes') for disk in document(events, [B, A])['disks']] == [8, 7]
+    events += copying(1, 2)
     assert [disk.get('bytes') for disk in document(events)['disks']] == [7]
     assert [disk.get('bytes') for disk in document(events + copying(2, 2))['disks']] == [7, 8]
 

@@ -370,13 +370,12 @@ def test_a_variant_of_a_usual_mistake_is_told_apart(key, value, text):
 
 
 def test_all_problems_are_reported_in_the_order_of_the_table():
-    assert problems(b'{"source_disks": "x", "vm_name": "", "output_format": "x"}') == [
+    assert problems(b'{"source_disks": "x", "vmware_uri": "x", "vm_name": ""}') == [
         'vm_name: expected ' + EXPECTED['vm_name'],
-        'vmware_uri: missing, expected ' + EXPECTED['vmware_uri'],
+        'vmware_uri: ' + KIND,
         'vmware_password: missing, expected ' + EXPECTED['vmware_password'],
         'vmware_fingerprint: missing, expected ' + EXPECTED['vmware_fingerprint'],
         'transport_method: missing, expected ' + EXPECTED['transport_method'],
-        'output_format: expected ' + EXPECTED['output_format'],
         'source_disks: expected ' + EXPECTED['source_disks'] + ', found a string',
         'export_domain: missing, expected ' + EXPECTED['export_domain'],
     ]
