@@ -12,7 +12,7 @@ import processes
 from eventually import eventually
 from faults import guardian, last_message, tamper
 from jobs import kill_wrapper, wait_ended
-from virt_v2v import fill, fork, leave, phase, reach, stdout, wait
+from virt_v2v import fill, fork, ignore, leave, phase, reach, stdout, wait
 
 UUID = '0c8d2c6a-0000-4000-8000-0123456789ab'
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -317,10 +317,10 @@ def test_a_start_that_was_given_up_begins_nothing_later(wrapper, storage):
 
 # --- logs or state hang ------------------------------------------------------------------
 
-def start_talkative(wrapper, storage, option):
+def start_talkative(wrapper, storage, option, *steps):
     """Start a job that has filled its pipe, because the wrapper sleeps over its log or state."""
     tamper(wrapper, 'module.STOP_GRACE = 0.5; module.END_PATIENCE = 1.0')
-    wrapper.virt_v2v.play(reach('running'), wait('go'), phase('Opening the source'),
+    wrapper.virt_v2v.play(*steps, reach('running'), wait('go'), phase('Opening the source'),
                           fill('stdout', b'x', 1 << 24), wait('never'))
     job = wrapper.start(None, *(wrapper.arguments + [option, storage.directory]))
     assert job.status == 0
@@ -334,11 +334,13 @@ def start_talkative(wrapper, storage, option):
 
 
 @pytest.mark.promise(11)
-@pytest.mark.parametrize('target', ['monitor', 'guardian'])
+@pytest.mark.parametrize('target, steps', [
+    ('monitor', []), ('guardian', []), ('guardian', [ignore(signal.SIGTERM)])])
 @pytest.mark.parametrize('option', ['--log-dir', '--state-dir'])
-def test_a_wrapper_that_sleeps_over_its_files_can_be_stopped(wrapper, storage, option, target):
+def test_a_wrapper_that_sleeps_over_its_files_can_be_stopped(
+        wrapper, storage, option, target, steps):
     """And its end is published, at the latest when they answer again."""
-    job, virt_v2v, found = start_talkative(wrapper, storage, option)
+    job, virt_v2v, found = start_talkative(wrapper, storage, option, *steps)
     assert processes.is_running(virt_v2v)
     os.kill(found[target], signal.SIGTERM)
     wait_ended(virt_v2v)
