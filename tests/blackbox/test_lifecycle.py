@@ -129,6 +129,20 @@ def test_progress_is_published_while_virt_v2v_is_copying(wrapper):
     assert state['disks'] == [{'path': DISKS[0], 'progress': 44}]
 
 
+SLOW_READS = '''\
+read = module.Pipe.read
+module.Pipe.read = lambda pipe: (read(pipe), module.time.sleep(0.05))[0]
+'''
+
+
+def test_no_copy_is_missed_that_begins_between_two_reads(wrapper):
+    tamper(wrapper, SLOW_READS)
+    job = wrapper.start_waiting([copying(number, 999) for number in range(1, 1000)])
+    job.wait_state(lambda state: len(state['disks']) == 999, 'all copies have begun')
+    wrapper.virt_v2v.let('end')
+    job.wait_finished()
+
+
 def test_a_conversion_that_fails(wrapper):
     wrapper.virt_v2v.play(phase('Opening the source'), error('cannot log in'))
     state = wrapper.start().wait_finished()
