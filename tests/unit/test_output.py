@@ -312,6 +312,12 @@ def test_a_phase_line_may_have_been_lost():
     assert parser.output(phase_line(TARGET)) == [('idle', None)]
 
 
+def test_a_copy_whose_line_was_lost_has_begun_in_the_end():
+    parser = modern()
+    parser.messages(json_message(COPYING) + json_message(METADATA))
+    assert parser.output(line('glued to it: [  12.3] ' + COPYING)) + parser.end() == [('disk', 1)]
+
+
 def test_copies_begin_one_after_the_other():
     parser = modern()
     parser.messages(json_message('Copying disk 1/2'))
