@@ -189,13 +189,16 @@ def test_a_killed_guardian_changes_nothing(wrapper):
     assert (state['return_code'], 'failed' in state) == (0, False)
 
 
-KILL_THE_GUARDIAN_THERE = """
+KILLED_BEFORE_THE_ANSWER = """
 facts = module.Facts
 
 
 def killed(*arguments, **keywords):
     if os.getsid(0) == os.getpid():     # it leads the session
-        os.kill(os.getpid(), signal.SIGKILL)
+        victim = os.{victim}()
+        os.kill(victim, signal.SIGKILL)
+        while os.getppid() == victim:
+            module.time.sleep(0.01)
     return facts(*arguments, **keywords)
 
 
@@ -204,13 +207,21 @@ module.Facts = killed
 
 
 def test_a_guardian_killed_before_its_answer_leaves_no_job(wrapper):
-    tamper(wrapper, KILL_THE_GUARDIAN_THERE)
+    tamper(wrapper, KILLED_BEFORE_THE_ANSWER.format(victim='getpid'))
     wrapper.virt_v2v.play(wait('never'))
     job = wrapper.start()
     wrapper.wait_gone()
     assert (job.status, job.stdout) == (1, b'')
     assert job.stderr == (
         b'virt-v2v-wrapper: error: wrapper: ended before virt-v2v was started\n')
+
+
+def test_a_launcher_killed_before_its_answer_leaves_no_job(wrapper):
+    tamper(wrapper, KILLED_BEFORE_THE_ANSWER.format(victim='getppid'))
+    wrapper.virt_v2v.play(wait('never'))
+    job = wrapper.start()
+    wrapper.wait_gone()
+    assert (job.status, job.stdout) == (-signal.SIGKILL, b'')
 
 
 def test_without_a_guardian_the_wrapper_still_stops_on_a_signal(wrapper):
