@@ -12,6 +12,7 @@ import processes
 from eventually import eventually
 from faults import guardian, last_message, tamper
 from jobs import kill_wrapper, wait_ended
+from results import error_line
 from virt_v2v import fill, fork, ignore, leave, phase, reach, stdout, wait
 
 UUID = '0c8d2c6a-0000-4000-8000-0123456789ab'
@@ -299,9 +300,19 @@ def test_a_signal_ends_a_start_that_hangs(wrapper, storage, number):
     process = begin_hung(wrapper, storage, export_domain)
     eventually(storage.waiting, 'it waits')
     process.send_signal(number)
-    status, stdout, _ = answer_of(storage, process)
-    assert status != 0
-    assert stdout == b''
+    assert answer_of(storage, process) == (
+        1, b'', error_line('start: interrupted by a signal'))
+
+
+@pytest.mark.promise(6)
+def test_a_signal_while_virt_v2v_is_asked_leaves_nothing(wrapper):
+    wrapper.add_program('virt-v2v', '#!/bin/sh\nexec /bin/sleep 600\n')
+    process = begin(wrapper)
+    eventually(lambda: '/bin/sleep' in str(wrapper.processes()), 'it is asked')
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (1, error_line('start: interrupted by a signal'))
+    assert (wrapper.processes(), sorted(wrapper.files())) == ({}, ['log', 'state'])
 
 
 @pytest.mark.promise(6)
