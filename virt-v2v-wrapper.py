@@ -1549,7 +1549,7 @@ def run_program(subject, argv, environment, patience, stdin=subprocess.DEVNULL,
     with blaming(subject):
         child = subprocess.Popen(argv, env=environment, stdin=stdin, stderr=stderr,
                                  stdout=subprocess.PIPE, pass_fds=pass_fds,
-                                 start_new_session=True, preexec_fn=die_with(os.getpid()))
+                                 start_new_session=True, preexec_fn=die_with_us())
     give_up = time.monotonic() + patience
     output, piece = b'', None
     try:

@@ -173,7 +173,7 @@ def test_the_usual_port_of_an_engine_is_left_out():
 
 
 @pytest.mark.parametrize('host', ['engine', '[::1]'])
-def test_another_port_of_an_engine_is_refused_where_it_fails_late(host):
+def test_another_port_is_refused_where_it_fails_late(host):
     url = 'https://admin@internal@{}:4443/ovirt-engine/api'.format(host)
     assert refusal(functools.partial(arguments, '2.10.0', **dict(UPLOAD, rhv_url=url))) == [
         'rhv_url: this version of virt-v2v takes no port there but 443']
