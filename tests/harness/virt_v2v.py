@@ -135,12 +135,13 @@ class Run:
     def signals(self, kind):
         """Return the set of signal numbers in SigIgn, SigBlk or SigCgt.
 
-        32 and 33 are left out: the C library keeps them to itself, and its posix_spawn, by
-        which some parent of the tests may have been started, ignores them.
+        SIGQUIT is left out, which bash ignores. So are 32 and 33: the C library keeps them to
+        itself, and its posix_spawn, by which some parent of the tests may have been started,
+        ignores them.
         """
         mask = int(self.status[kind], 16)
         return {number for number in range(1, 65)
-                if mask & (1 << (number - 1)) and number not in (32, 33)}
+                if mask & (1 << (number - 1)) and number not in (signal.SIGQUIT, 32, 33)}
 
 
 class StandIn:
