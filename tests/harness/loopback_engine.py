@@ -4,7 +4,8 @@
         ... engine.keys                 # what a request needs for an upload through it
 
 It has the data center "dc" with the storage domain "data", the clusters "Default" and "other", a VM
-"taken", and any disk until that is removed. Its certificate is its own CA.
+"taken", and any disk until that is removed; transfers are what the test says. Its certificate is its
+own CA.
 """
 import json
 import os
@@ -32,7 +33,9 @@ class Handler(web.Handler):
     def do_POST(self):
         """Answer whoever logs in."""
         form = urllib.parse.parse_qs(self.body())
-        if self.path.startswith(API + 'imagetransfers/'):
+        transfer = self.path[len(API + 'imagetransfers/'):-len('/cancel')]
+        if self.path == API + 'imagetransfers/%s/cancel' % transfer:
+            self.server.model.transfers.discard(transfer)
             self.answer(200, 'application/xml', '<action/>')
         elif self.path != '/ovirt-engine/sso/oauth/token':
             self.answer(404, 'text/plain', 'not here')
@@ -62,9 +65,12 @@ class Handler(web.Handler):
                 for found, identity in sorted(FOUND.get(name, {}).items())))
 
     def do_DELETE(self):
-        """Remove a disk."""
-        self.server.model.removed.append(self.path[len(API):])
-        self.answer(200, 'application/xml', '<action/>')
+        """Remove a disk; it is locked as long as there is a transfer."""
+        model = self.server.model
+        status = 409 if model.transfers else model.refusals.pop(0) if model.refusals else 200
+        if status == 200:
+            model.removed.append(self.path[len(API):])
+        self.answer(status, 'application/xml', '<action/>')
 
 
 def make_certificate(directory):
@@ -95,6 +101,8 @@ class Engine(web.WebServer):
         super().__init__(certificate, Handler, self)
         self.password, self.removed = password, []
         self.vm_status = 404            # of the answer for any VM, which has all disks
+        self.transfers = set()
+        self.refusals = []          # statuses, one for each disk that is not removed
         self.keys = {
             'export_domain': ABSENT, 'rhv_cafile': certificate, 'rhv_password': password,
             'rhv_url': 'https://127.0.0.1:%d/ovirt-engine/api' % self.port,

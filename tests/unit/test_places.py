@@ -397,8 +397,8 @@ def engine(tmp_path, monkeypatch):
 
 
 def looked_at(engine, **overrides):
-    """Look at the engine for a request that is valid but for the overrides."""
-    Upload(request_for(**dict(engine.keys, **overrides)))
+    """Look at the engine for a request that is valid but for the overrides; return the Upload."""
+    return Upload(request_for(**dict(engine.keys, **overrides)))
 
 
 @pytest.mark.parametrize('overrides', [
@@ -456,6 +456,27 @@ def test_a_server_that_is_not_trusted_is_refused(engine, tmp_path, monkeypatch):
 def test_what_a_host_lacks_for_an_upload_is_named(engine, tmp_path, program, missing):
     (tmp_path / program).write_text('#!/bin/sh\nexit 1\n')
     assert refusal(looked_at, engine) == ['this host: needs {} for an upload'.format(missing)]
+
+
+MADE = {'upload': {'disks': ['d'], 'transfers': ['t']}}
+
+
+def test_a_disk_is_removed_that_was_locked_by_its_transfer(engine):
+    engine.transfers, engine.refusals = {'t'}, [409]
+    assert looked_at(engine).clean_up(MADE) == ([], False)
+    assert engine.removed == ['disks/d']
+
+
+def test_a_disk_that_the_engine_keeps_is_left(engine, monkeypatch):
+    monkeypatch.setattr(virt_v2v_wrapper, 'CLEAN_PATIENCE', virt_v2v_wrapper.SERVER_PATIENCE + 0.5)
+    engine.refusals = [403]
+    assert looked_at(engine).clean_up(MADE) == (['d'], False)
+
+
+def test_the_disks_of_a_vm_that_the_engine_has_are_kept(engine):
+    engine.vm_status, engine.transfers = 200, {'t'}
+    assert looked_at(engine).clean_up(dict(MADE, vm_id='v')) == ([], True)
+    assert (engine.removed, engine.transfers) == ([], {'t'})
 
 
 # --- drivers and host keys ---------------------------------------------------------------
