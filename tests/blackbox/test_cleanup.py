@@ -170,6 +170,16 @@ def test_what_a_dead_upload_has_made_is_removed_by_the_next(wrapper, uploading):
     assert engine.removed == ['disks/' + DISK]
 
 
+def test_what_an_engine_that_is_gone_has_is_named(wrapper):
+    with loopback_engine.provide(wrapper) as engine:
+        job = wrapper.start_waiting(
+            phase('Setting up the destination: -o rhv-upload'),
+            stdout(b"disk.id = '%s'\n" % DISK.encode()), request=wrapper.request(**engine.keys))
+        job.wait_state(lambda state: 'upload' in state, 'the disk is in the state')
+    os.kill(job.state()['pid'], signal.SIGTERM)
+    assert job.wait_finished()['left_behind'] == [DISK]
+
+
 def test_without_its_password_a_dead_upload_is_named(wrapper, uploading):
     engine, job = uploading
     wrapper.start()

@@ -375,6 +375,14 @@ def test_a_mistake_that_ends_the_wrapper_ends_virt_v2v(wrapper, name):
         -signal.SIGKILL, 'the wrapper failed, see its log')
 
 
+def test_a_mistake_in_taking_signals_ends_virt_v2v(wrapper):
+    breaking(wrapper, 'signal_name')
+    job = play_broken(wrapper, reach('copied'), wait('never'))
+    wrapper.virt_v2v.wait_for('copied')
+    os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
+    assert failed(wrapper, job) == (-signal.SIGKILL, 'the wrapper failed, see its log')
+
+
 def fail_broken(wrapper):
     """Start a job that fails after something has broken."""
     job = play_broken(wrapper, json_message('error', 'no space'), wait('end'), leave(1))

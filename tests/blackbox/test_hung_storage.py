@@ -178,6 +178,15 @@ def test_a_removal_that_hangs_does_not_outlive_the_job(wrapper, storage):
     assert 'finished' not in job.state()
 
 
+@pytest.mark.promise(3)
+def test_what_its_hanging_export_domain_has_is_named(wrapper, storage):
+    tamper(wrapper, 'module.CLEAN_PATIENCE = 1.0')
+    job = start_there(wrapper, storage)
+    storage.hang()
+    os.kill(job.state()['pid'], signal.SIGTERM)
+    assert wait_finished(job)['left_behind'] == [UUID]
+
+
 @pytest.mark.promise(4)
 def test_one_deadline_for_all_that_cannot_be_ended(wrapper, storage):
     """A second for each of them would be longer than any test waits."""
@@ -306,7 +315,7 @@ def test_a_signal_ends_a_start_that_hangs(wrapper, storage, number):
 
 @pytest.mark.promise(6)
 def test_a_signal_while_virt_v2v_is_asked_leaves_nothing(wrapper):
-    wrapper.add_program('virt-v2v', '#!/bin/sh\nexec /bin/sleep 600\n')
+    wrapper.add_program('virt-v2v', '#!/bin/sh\n/bin/sleep 600\nexit 1\n')
     process = begin(wrapper)
     eventually(lambda: '/bin/sleep' in str(wrapper.processes()), 'it is asked')
     process.send_signal(signal.SIGTERM)

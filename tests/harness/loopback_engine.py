@@ -4,8 +4,8 @@
         ... engine.keys                 # what a request needs for an upload through it
 
 It has the data center "dc" with the storage domain "data", the clusters "Default" and "other", a VM
-"taken", and any disk until that is removed; transfers are what the test says. Its certificate is its
-own CA.
+"taken", and any disk until that is removed; transfers are what the test says. Its certificate is
+its own CA.
 """
 import json
 import os
