@@ -224,6 +224,26 @@ def test_a_launcher_killed_before_its_answer_leaves_no_job(wrapper):
     assert (job.status, job.stdout) == (-signal.SIGKILL, b'')
 
 
+NO_ROOM_AFTER = '''\
+def write(*_, **__):
+    while not os.path.exists({mark!r}):
+        module.time.sleep(0.01)
+    raise OSError(28, 'No space left on device')
+
+
+module.StateFile.write = write
+'''
+
+
+def test_a_start_that_fails_late_leaves_no_descendant_either(wrapper):
+    tamper(wrapper, NO_ROOM_AFTER.format(mark=broken_mark(wrapper)))
+    wrapper.virt_v2v.play(daemon(ignore(signal.SIGTERM), reach('broken'), wait('never')),
+                          wait('never'))
+    job = wrapper.start()
+    wrapper.wait_gone()
+    assert (job.status, job.stdout) == (1, b'')
+
+
 def test_without_a_guardian_the_wrapper_still_stops_on_a_signal(wrapper):
     job = wrapper.start_waiting()
     os.kill(guardian(job), signal.SIGKILL)
@@ -617,9 +637,13 @@ def test_the_next_start_ends_all_that_is_left_of_a_dead_job(wrapper):
     job = wrapper.start_waiting(daemon(ignore(signal.SIGTERM), reach('daemon'), wait('never')))
     wrapper.virt_v2v.wait_for('daemon')
     directory = scratch(wrapper)
+    place, name = os.path.split(job.lock_file)
+    half_written = os.path.join(place, '.{}.0123.tmp'.format(name[:-len('.lock')]))
+    open(half_written, 'w').close()
     kill_wrapper(job)
     ended_by_the_next_start(wrapper, job)
-    assert [os.path.exists(path) for path in (directory, job.lock_file)] == [False, False]
+    assert [path for path in (directory, job.lock_file, half_written)
+            if os.path.exists(path)] == []
 
 
 def test_the_next_start_leaves_living_jobs_alone(wrapper):
