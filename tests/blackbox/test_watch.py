@@ -13,6 +13,7 @@ import pytest
 from blackbox import ordinary_user
 from commands import PaperJob, command
 from eventually import eventually
+from faults import tamper
 
 FULL, EMPTY = '\u2588', '\u2591'
 
@@ -289,6 +290,34 @@ def test_a_job_whose_lock_is_free_has_failed(wrapper, terminal, spoil):
     job.die()
     assert terminal.wait() == 3
     assert terminal.read()[0].endswith('failed')
+
+
+# The first look finds out that it is a job.
+SECOND_LOOK = '''\
+looks = []
+
+
+def is_locked(path, real=module.is_locked):
+    looks.append(path)
+    while len(looks) == 2 and not os.path.exists('{home}/ended'):
+        open('{home}/asked', 'w').close()
+        module.time.sleep(0.01)
+    return real(path)
+
+
+module.is_locked = is_locked
+'''
+
+
+def test_a_job_that_ends_while_it_is_looked_at_has_not_failed(wrapper, terminal):
+    tamper(wrapper, SECOND_LOOK.format(home=wrapper.home))
+    asked, ended = (os.path.join(wrapper.home, name) for name in ('asked', 'ended'))
+    job, = jobs_of(wrapper, 1)
+    terminal.run(wrapper, '--watch', job.path)
+    eventually(lambda: os.path.exists(asked), 'it looks')
+    job.end()
+    open(ended, 'w').close()
+    assert terminal.wait() == 0
 
 
 def test_a_state_that_is_gone_for_a_moment_is_no_end(wrapper, terminal):
