@@ -164,8 +164,8 @@ def test_three_at_a_time_with_xargs(wrapper):
 # --- list --------------------------------------------------------------------------------
 
 def listed(wrapper):
-    """Return what --list --json has, by guest."""
-    status, stdout, stderr = command(wrapper, '--list', '--json')
+    """Return what --list --json has, by guest, east of Greenwich."""
+    status, stdout, stderr = command(wrapper, '--list', '--json', environment={'TZ': 'XXX-05:30'})
     assert (status, stderr) == (0, '')
     return {row['guest']: row for row in json.loads(stdout)}
 
