@@ -1418,7 +1418,6 @@ def make_environment(inherited, request, identity, drivers, scratch, cache):
 _CLONE_NEWNS = 0x00020000           # unshare(2)
 _MS_REC_SLAVE = 0x4000 | 0x80000    # mount(2)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4      # prctl(2)
 _CAPABILITY_VERSION_3 = 0x20080522  # capset(2)
 _KEYCTL = {'x86_64': 250, 'aarch64': 219, 'ppc64le': 271, 's390x': 280}     # syscall(2)
 _KEYCTL_JOIN_SESSION_KEYRING = 1    # keyctl(2)
@@ -1738,7 +1737,7 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
                 os.setgroups(sorted(groups))
             os.setresgid(self.gid, self.gid, self.gid)
             os.setresuid(self.uid, self.uid, self.uid)
-            system_call('prctl', _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+            # Without permitted ones there are no ambient ones, capabilities(7).
             header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
             system_call('capset', header, bytes(24))
             system_call('prctl', _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
