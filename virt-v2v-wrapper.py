@@ -2,8 +2,8 @@
 """Start the conversion of a VMware guest for oVirt with virt-v2v, and keep its state in a file.
 
 A JSON request on standard input starts one conversion, a job. The command answers at once with one
-JSON object, the paths of two logs and of a state file, and leaves. The job goes on in the
-background; the state file follows it until the key "finished" appears in it.
+JSON object, the paths of two logs and of a state file, and exits. The job goes on in the
+background; the state file follows it until the key "finished" appears.
 
 What a start promises:
 
@@ -13,7 +13,7 @@ What a start promises:
   it can be written if any process of the job is left, else by the next start, or --list.
 * A job is alive exactly as long as its lock file is locked.
 * No password or key is in an argument list, environment, log or named file.
-* Whoever starts it, virt-v2v runs without privileges: started as root, as user vdsm.
+* virt-v2v runs without privileges, whoever starts it: as user vdsm if root does.
 
 Three processes, all of them this script:
 
@@ -29,25 +29,25 @@ Three processes, all of them this script:
     virt-v2v   -- output pipe  --> OutputLog, Lines -->\
                -- message pipe ------------> Lines --> Parser -> events -> Progress -> StateFile
 
-The launcher does what only root or the caller's own process can do, and waits with a limit: no file
-system that hangs can hang the caller. The guardian makes, before it forks the monitor, all that
+The launcher does what only root or the caller's own process can do, and waits with a limit: a file
+system that hangs cannot hang the caller. Before it forks the monitor, the guardian makes all that
 both need: lock, logs, pipes. Afterwards it touches no file while the monitor lives. Answer and
 report are pipes for lines of JSON: paths and Facts are objects, problems are lists. Before them,
-the answer has texts, what the guardian looks at now, so that the launcher can say what hangs.
-With --check, the guardian answers with what look_at_source() has found, and starts nothing.
+the answer has texts that name what the guardian looks at, so that the launcher knows what hangs.
+With --check, the guardian answers with what look_at_source() finds, and starts nothing.
 
 How a job ends:
 
     virt-v2v ends, or is killed    the monitor publishes that
     TERM, INT or HUP               to guardian or monitor: virt-v2v gets TERM, 45 s later KILL
     the monitor is killed          the kernel kills virt-v2v, the guardian publishes that; the same
-                                   if the monitor fails by a mistake of ours
+                                   if a bug makes the monitor fail
     the guardian is killed         the monitor goes on; during the start the job is stopped
     all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
 
 Processes that virt-v2v leaves become children of the monitor, or of the guardian, and are ended.
-What a failed job has made in its target is removed by whoever publishes the end: see conclude().
+Whoever publishes the end removes what a failed job has made in its target: see conclude().
 
 Each room of this file uses only what is above it, so the processes come last:
 
@@ -55,16 +55,16 @@ Each room of this file uses only what is above it, so the processes come last:
     request; output; causes; progress; command: what goes in decides what comes out
     processes; places; source; target; files: thin layers above the kernel and other hosts
     job: what guardian and monitor share: the files, and the ending; and the ending of dead jobs
-    monitor, guardian, launcher: the three processes, each to be read from top to bottom
+    monitor, guardian, launcher: the three processes; each reads from top to bottom
     jobs: --list, --watch, --cancel and --wait, which see jobs through their files
     main: arguments, what is printed, exit status
 
-A new key of the request is a row of _COMMON, or of its transport or target, and its use, mostly in
-make_arguments(); a secret one is named in secrets_of(), too. A new transport or target has its keys
+A new key of the request takes a row in _COMMON, or in its transport or target, and its use, mostly
+in make_arguments(); a secret one goes into secrets_of() too. A new transport or target has its keys
 in _SOURCE_KEYS or _TARGET_KEYS, its arguments in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, its checks
-in SOURCES or TARGETS; a target is a class like ExportDomain. A new thing that virt-v2v says is a
-row of _TABLE and, if it is a new kind of Event, a method of Progress. A check of the host belongs
-in check_host().
+in SOURCES or TARGETS; a target is a class like ExportDomain. A new line of virt-v2v's output takes
+a row in _TABLE and, for a new kind of Event, a method of Progress. A check of the host belongs in
+check_host().
 
 It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
@@ -95,7 +95,7 @@ EXIT_REQUEST = 2     # the request, or the command line, is wrong
 EXIT_FAILED = 3      # the job was started, and has failed
 EXIT_CANCELLED = 4   # somebody ended it
 
-# A request is some hundred bytes; this leaves room for thousands of disks.
+# A request has a few hundred bytes; this leaves room for thousands of disks.
 MAX_REQUEST = 1 << 20
 # Linux takes no argument above 128 KiB. No name or path in the field comes near this.
 MAX_TEXT = 4096
@@ -110,9 +110,9 @@ MAX_WARNING = 1024
 MAX_WARNINGS = 20
 # Messages whose line in the output has not come yet. One is usual; a pipe holds about that many.
 MAX_ANNOUNCED = 1000
-# The longest OVF of a VM that is looked at, some hundred times the usual length.
+# The longest OVF of a VM that is read, about a hundred times the usual length.
 MAX_OVF = 1 << 22
-# What a program may answer. The longest answer in the field, virt-v2v's options, is 2 KiB long.
+# The most a program may answer. The longest answer in the field, virt-v2v's options, is 2 KiB long.
 MAX_ANSWER = 1 << 16
 CHUNK = 1 << 16             # what is read at once
 PIECE = 1 << 10             # what is parsed line by line, if anything in it can matter
@@ -136,7 +136,7 @@ CANCEL_PATIENCE = STOP_GRACE + END_PATIENCE + CLEAN_PATIENCE + 10       # for a 
 PRINT_PATIENCE = 5.0        # for a caller that does not read what it asked for
 FINAL_WRITE_PATIENCE = 3600.0       # how long the final state waits for room on its file system
 LOOK_INTERVAL = 0.5         # between two looks at jobs that somebody watches or waits for
-RATE_PERIOD = 180.0         # the time left follows from the progress in so many last seconds
+RATE_PERIOD = 180.0         # the time left follows from the progress within this period
 
 VDSM_USER = 'vdsm'
 VDSM_LOG_DIR = '/var/log/vdsm/import'
@@ -174,9 +174,9 @@ class RequestError(WrapperError):
 
 
 def os_text(error):
-    """Return what OSError `error` says, without the name of a file in it."""
+    """Return what OSError `error` says, without any file name."""
     known = os.strerror(error.errno) if error.errno else type(error).__name__
-    # system_call() puts a name before it; the subprocess of Python 3.6 puts a file's name after it.
+    # system_call() puts a name before the text, Python 3.6's subprocess a file's name after it.
     text = error.strerror or known
     return text if text.endswith(known) else known
 
@@ -237,13 +237,13 @@ def timestamp():
 
 
 def write_all(fd, data):
-    """Write all of `data` (bytes). Raises OSError, whose `written` says how much came before."""
+    """Write all of `data` (bytes). Raises OSError; its `written` counts the bytes written."""
     written = 0
     try:
         while written < len(data):
             try:
                 written += os.write(fd, data[written:])
-            except BlockingIOError:     # a pipe that the caller reads slowly, and has made so
+            except BlockingIOError:     # a slow reader's pipe, made non-blocking by the caller
                 select.select([], [fd], [])
     except OSError as error:
         error.written = written
@@ -251,7 +251,7 @@ def write_all(fd, data):
 
 
 class Log:
-    """The wrapper's own log, one line for each record. Whatever is wrong with it is ignored.
+    """The wrapper's own log, one line for each record. Its errors are ignored.
 
     Not the module logging: importing that takes longer than all that is done before virt-v2v runs.
     """
@@ -260,7 +260,7 @@ class Log:
 
     def write(self, level, template, *values):
         """Add a record: `template` with `values` in the places of its {}."""
-        with suppress(Exception):       # a full disk, no log yet, or a mistake of ours
+        with suppress(Exception):       # a full disk, no log yet, or a bug
             # Line ends are escaped, so that no name can forge a record.
             text = _UNPRINTABLE.sub(
                 lambda match: match.group().encode('unicode_escape').decode('ascii'),
@@ -302,7 +302,7 @@ class Secret:
 
     @property
     def path(self):
-        """Where that file can be opened by us, and by programs that inherit the descriptor."""
+        """Where we, and programs that inherit the descriptor, can open that file."""
         return '/proc/self/fd/{}'.format(self.fd)
 
     def read(self):
@@ -334,12 +334,12 @@ _EXPORT_DOMAIN = (r'/\S*|(?:[A-Za-z0-9][A-Za-z0-9._-]*'
 _DEVICE = '/dev/[A-Za-z0-9_/.+-]+'
 _MAC = '[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}'
 
-# Where the request is to come from.
+# How to give the request.
 _HOW = 'give the request on standard input: {}.py < request.json'.format(PROGRAM)
 
 
 class _Wrong(ValueError):
-    """A text that says more of a wrong value than what is expected of all; it shows no value."""
+    """Says more about a wrong value than what its key expects; it never shows the value."""
 
 
 # Patterns are compiled when a request needs them. A function that turns a value into a field raises
@@ -360,14 +360,14 @@ def _like(pattern):
 
 
 def _address(pattern):
-    """Return what takes a URI as `pattern` says, whose port can be one."""
+    """Return what takes a URI that fits `pattern`, with a valid port."""
     def take(value):
         port = re.match('[^/?]*//[^/?]*:([0-9]{1,9})([/?]|$)', value)
         if port and int(port.group(1)) > 0xffff:
             raise _Wrong('a port is at most 65535')
         if '[' in value:
             from urllib.parse import urlsplit
-            urlsplit(value)         # of which newer Pythons want an IPv6 address in brackets
+            urlsplit(value)         # newer Pythons accept only IPv6 in brackets
         return _text(value, pattern)
     return take
 
@@ -379,7 +379,7 @@ def _bool(value):
 
 
 def _list(make):
-    """Return what makes a tuple of a list, each of whose items `make` makes."""
+    """Return what turns a list into a tuple, and each item with `make`."""
     def make_all(value):
         if not isinstance(value, list):
             raise TypeError
@@ -412,7 +412,7 @@ def _secret(value):
 
 
 def _engine_password(value):
-    """The scripts of the upload cut white space off its end."""
+    """The upload scripts strip white space from its end."""
     if value != value.rstrip():
         raise ValueError
     return _secret(value)
@@ -449,8 +449,8 @@ def _key(value):
     return (_text(value['device'], 'all|' + _DEVICE), None if key is None else _secret(key))
 
 
-# Usual mistakes in the text of a key: what begins so is wrong, and that is told; {} is the match.
-# A dot is any character. Values may be long: no part of a pattern may be matched in many ways.
+# Usual mistakes in a key's value: how a wrong one begins, and what is said; {} is the match.
+# A dot is any character. Values may be long: no part of a pattern may match in many ways.
 _AROUND = (r'\s|.*\s\Z', 'has white space around it')
 _LINE_END = ('.*[\r\n]', 'has a line end; leave that out')
 _MISTAKES = {
@@ -518,7 +518,7 @@ _SOURCE_KEYS = dict(
         ('vm_name', _MANDATORY, _address(_VMX_URI),
          'ssh://USER@HOST[:PORT]/vmfs/volumes/STORE/DIRECTORY/NAME.vmx'),
         ('ssh_key', None, _private_key, 'the text of a private key that needs no passphrase')))
-# The keys of each place to write it to. The first of them is what tells the target.
+# The keys of each target. The first one tells which target is meant.
 _TARGET_KEYS = dict(
     export_domain=_rules(
         ('export_domain', _MANDATORY, _like(_EXPORT_DOMAIN),
@@ -550,7 +550,7 @@ _COMMON = _rules(
     ('root', 'first', _like('first|single|' + _DEVICE), '"first", "single" or "/dev/..."'),
     ('new_vm_name', None, _text,
      'a non-empty string of at most 4096 bytes without control characters'))
-# A key that another one, of the same rules, may stand for.
+# A key, and the one of the same rules that may replace it.
 _INSTEAD = {'vmware_password': 'vmware_password_file'}
 # All of them by key.
 _RULES = {}
@@ -568,14 +568,14 @@ def secrets_of(request):
 
 
 def close_secrets(request):
-    """Close those that only virt-v2v needs: the engine's password is for cleaning up, too."""
+    """Close those that only virt-v2v needs; cleaning up needs the engine's password."""
     for secret in secrets_of(request):
         if secret is not request.rhv_password:
             secret.close()
 
 
 def _number(text):
-    """Numbers mean nothing to us, but 1e999 would become Infinity, which JSON has not, nor NaN."""
+    """Numbers mean nothing to us, but JSON has no NaN, nor Infinity, which 1e999 would become."""
     number = float(text)
     if not float('-inf') < number < float('inf'):
         raise RequestError(('request', 'has a number out of range, or NaN'))
@@ -587,7 +587,7 @@ def _document(data):
     def unique(pairs):
         keys = [key for key, _ in pairs]
         if len(set(keys)) < len(keys):
-            # The name of a key that we do not know may be anything, a misplaced password too.
+            # The name of an unknown key may be anything, even a misplaced password.
             twice = [key for key in _RULES if keys.count(key) > 1] or ['a key']
             raise RequestError(*[('request', key + ' is given twice') for key in twice])
         return dict(pairs)
@@ -624,7 +624,7 @@ def _rules_for(document):
     targets = [name for name, rules in _TARGET_KEYS.items() if rules[0].key in found]
     if len(targets) > 1:
         raise RequestError(('request', 'expected either export_domain or rhv_url, found both'))
-    # Without one, what else there is tells what was meant, and then what is missing.
+    # Without one, the other keys tell what was meant, and so what is missing.
     meant = [name for name, rules in _TARGET_KEYS.items() if found & {rule.key for rule in rules}]
     target = (targets + meant + list(_TARGET_KEYS))[0]
     known = document.get('transport_method') in list(_SOURCE_KEYS)
@@ -666,7 +666,7 @@ def parse_request(data):
         except ValueError:
             problems.append((key, 'expected ' + expected))
     if problems:
-        # Digits may be a password that is in the wrong place.
+        # Digits may be a misplaced password.
         unknown = [key for key in sorted(set(document) - set(_RULES))
                    if re.fullmatch('[A-Za-z_-]{1,40}', key)]
         if unknown:
@@ -678,11 +678,11 @@ def parse_request(data):
 def _read_password(path):
     """Return the Secret in the first line of a file that only the caller can read.
 
-    Who may call it by sudo is to get at no file of root's, so then that user is the caller.
+    Under sudo, the caller is the user who ran it, who must not get at root's files.
     """
     subject, caller = 'vmware_password_file', os.geteuid() or int(os.environ.get('SUDO_UID', 0))
     with blaming(subject):
-        # So it is not opened yet: a device may act on that.
+        # O_PATH does not open it yet: a device may react.
         fd = os.open(path.encode('utf-8'), os.O_PATH | os.O_NOFOLLOW)
         status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != caller:
@@ -721,12 +721,12 @@ def read_request(fd):
 #
 # From 1.41.1 on virt-v2v sends JSON messages. There, a message says what happens, and the line of
 # the same text in the output says when: virt-v2v writes the message first. A phase line counts only
-# if its text was announced by a message, and once; copies count only in sequence; errors count from
+# if a message announced its text, and only once; copies count only in sequence; errors count from
 # the messages alone. Without messages, only the lines count.
 #
 # Nothing is believed while virt-v2v looks into the guest, because then the guest speaks in the log.
-# That a signal ends it counts only if no phase follows: the worst that a forgery does is to call
-# a failure cancelled. A guest that knows what will be announced may say it right before virt-v2v
+# That a signal ends it counts only if no phase follows: at worst, a forgery makes a failure look
+# cancelled. A guest that knows what will be announced may say it right before virt-v2v
 # does, and be believed until then. So what is to be cleaned up later counts from virt-v2v's own
 # line on, which is the last of that text, and only where there are messages. The exit status of
 # virt-v2v alone decides on success.
@@ -751,8 +751,8 @@ def read_request(fd):
 #   farewell text     why it ends, if nothing follows   virt-v2v: Exiting on signal SIGTERM
 Event = namedtuple('Event', 'name value')
 
-# The stages of a conversion. A stage begins with the phase whose text begins so, and every other
-# phase is one in which virt-v2v looks into the guest.
+# The stages of a conversion. A stage begins with the phase whose text begins as below; in every
+# other phase, virt-v2v looks into the guest.
 _SETUP, _OPENING, _GUEST, _TARGET, _COPYING, _METADATA, _OVER = (
     'setup', 'opening', 'guest', 'target', 'copying', 'metadata', 'over')
 _STAGES = (
@@ -766,8 +766,8 @@ _STAGES = (
     (b'Creating output metadata', _METADATA),
     (b'Finishing off', _METADATA),
 )
-# Beside stages: what counts only in versions with messages, and what in those without counts at
-# every stage, as their errors may come at any time.
+# Beside stages: what counts only in versions with messages; what counts at every stage in those
+# without, as their errors may come at any time.
 _MESSAGES, _LEGACY = 'messages', 'legacy'
 _TRUSTED = {_SETUP, _OPENING, _TARGET, _COPYING, _METADATA}
 
@@ -780,8 +780,8 @@ def _uuid(data):
 
 
 # What is understood: the stages in which a line may be believed, a literal to find it by, the
-# pattern of the whole line, the event, and what makes its value of the group in the pattern; an
-# error or a warning is told by a message, or may go on in the next line.
+# pattern of the whole line, the event, and what makes its value from the group in the pattern: None
+# if a message tells it, or it may go on in the next line.
 _Row = namedtuple('_Row', 'stages literal pattern event make')
 _TABLE = tuple(_Row(*row) for row in (
     # 1.38 to 2.7.15: LANG=C 'nbdkit' '--exit-with-parent' ... 'vddk' ... 'file=[ds] vm/vm.vmdk' ...
@@ -836,8 +836,8 @@ _TABLE = tuple(_Row(*row) for row in (
     (_TRUSTED, b': err',
      rb'(nbdkit(?:\[[\w.-]+\])?: (?:[\w.-]+(?:\[[0-9]+\])?: )?error: (?!.*: Traceback ).+)',
      'cause', clean),
-    # The last line of a traceback, of virt-v2v's own scripts and plugin for an upload, but the one
-    # that a mistake of the plugin adds: ovirtsdk4.AuthError: Error during SSO authentication ...
+    # The last line of a traceback of virt-v2v's scripts and plugin for an upload, except the one
+    # that a bug of the plugin adds: ovirtsdk4.AuthError: Error during SSO authentication ...
     ({_TARGET, _COPYING, _METADATA}, b'Error: ', rb' ?((?!TypeError)[\w.]*Error: .+)', 'cause',
      clean),
     # Of imageio, after "could not write sector ...": nbdkit: python.6: debug: 403: Forbidden
@@ -862,7 +862,7 @@ _TABLE = tuple(_Row(*row) for row in (
 
 
 class Lines:
-    """Joins chunks to whole lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
+    """Joins chunks into lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
 
     def __init__(self, limit):
         self._limit = limit
@@ -876,7 +876,7 @@ class Lines:
         return data[:end]
 
     def end(self):
-        """Return the last line if nothing ended it, as take does."""
+        """Like take(): return the last line if nothing ended it."""
         rest, self._rest = self._rest, b'\n'
         return rest
 
@@ -889,7 +889,7 @@ def copying_disk(text):
 
 
 class Parser:
-    """Makes events of what virt-v2v and the programs below it print, and of its messages."""
+    """Turns virt-v2v's messages and output, and that of programs below it, into events."""
 
     def __init__(self, has_messages):
         self._has_messages = has_messages
@@ -899,12 +899,12 @@ class Parser:
         self._copies = 0            # how many have begun
         self._message_lines = Lines(MAX_MESSAGE_LINE)
         self._lines = Lines(MAX_LINE)
-        self._target_phases = []    # those texts in which the target is prepared
+        self._target_phases = []    # the texts of those that prepare the target
         self._unfinished = None     # an error or warning that goes on: an Event, its text in bytes
         self._farewell = []         # an event that counts if no phase follows
 
     def messages(self, chunk):
-        """Return the events in what was read last from the pipe of messages."""
+        """Return the events in a chunk from the pipe of messages."""
         lines = self._message_lines.take(chunk).splitlines()
         return list(filter(None, map(self._message, lines)))
 
@@ -921,7 +921,7 @@ class Parser:
         return event
 
     def output(self, chunk):
-        """Return the events in what was read last from the pipe of output."""
+        """Return the events in a chunk from the pipe of output."""
         return self._parse(self._lines.take(chunk))
 
     def end(self):
@@ -930,7 +930,7 @@ class Parser:
         if self._unfinished:
             events.append(Event(self._unfinished.name, clean(self._unfinished.value)))
             self._unfinished = None
-        # It may have ended before the line came that says when.
+        # virt-v2v may have ended before their lines came.
         for text in list(self._announced):
             events += [event for event in self._enter(text) if event.name == 'disk']
         return events + self._farewell
@@ -938,8 +938,8 @@ class Parser:
     def _parse(self, lines, rows=None):
         """Return the events in whole lines; `rows` are those that their surroundings can match.
 
-        Most of a log cannot matter, and of a whole chunk that is seen fast. So one that can is
-        halved until its lines are few, and each half is asked for what the whole had.
+        Most of a log cannot matter, and for a whole chunk that is seen fast. A chunk that may
+        matter is halved until it is short; each half is searched for what the whole had.
         """
         stage_rows = self._rows
         near = [row for row in (stage_rows if rows is None else rows) if row.literal in lines]
@@ -948,7 +948,7 @@ class Parser:
         middle = lines.find(b'\n', len(lines) // 2)
         if len(lines) > PIECE and middle > 0:
             events = self._parse(lines[:middle], near)
-            same_stage = self._rows is stage_rows       # else the second half is asked for more
+            same_stage = self._rows is stage_rows       # else the second half may match more
             return events + self._parse(lines[middle:], near if same_stage else None)
         self._near = near
         return [event for line in lines.replace(b'\r', b'\n').split(b'\n')
@@ -1005,7 +1005,7 @@ class Parser:
             stage in row.stages and _MESSAGES not in row.stages or _LEGACY in row.stages)]
 
     def _wrapped(self, name, text):
-        """An error or a warning. Up to 1.40 both are wrapped after a blank, which tells it."""
+        """An error or a warning. Up to 1.40, a blank at its end shows that it goes on."""
         if name == 'error':
             self._go_to(_OVER)          # what nbdkit says from now on is no cause of it
         if self._has_messages:
@@ -1019,7 +1019,7 @@ class Parser:
 # --- Causes: what is wrong, in a word that never changes, and what to do
 
 # The first row whose pattern is in the message counts. The tests have the message that each is made
-# for. What the wrapper itself says begins a message, so nothing quoted in one can pass for that.
+# for. What the wrapper itself says begins a message, so nothing quoted in one can pass for it.
 _CAUSES = (
     (r'\A(?:the wrapper|virt-v2v) was told to stop by |\Avirt-v2v was killed by'
      r' SIG(?:TERM|INT|HUP|QUIT)\b', 'cancelled', None),
@@ -1081,7 +1081,7 @@ def error_message(text):
 
 # --- Progress: events -> what is known -> the state document, whose keys only this room knows
 
-# What is fixed when virt-v2v has been executed. The names of the fields are keys of the state.
+# What is fixed once virt-v2v is executed. The names of the fields are keys of the state.
 Facts = namedtuple('Facts', 'pid wrapper_pid vm_name target wrapper_log v2v_log started_at')
 
 
@@ -1129,7 +1129,7 @@ class Progress:
         self._current = next((disk for disk in self._disks if disk.number == number), None)
 
     def idle(self, _):
-        """No disk is being copied, and what programs said before is no cause of what comes."""
+        """No disk is being copied, and what programs said before causes no later error."""
         self._current = None
         self._causes.clear()
 
@@ -1138,7 +1138,7 @@ class Progress:
         source = self.sources[number - 1:number]
         if source and source[0] not in taken:
             return Disk(number, source[0], sure=True)
-        # virt-v2v does not tell: take the one of that number in the request, or make up a name.
+        # virt-v2v does not say: take the disk of that number in the request, or invent a name.
         nth = self._listed[number - 1:number] + self._listed
         path = next((path for path in nth if path not in taken), 'disk {}'.format(number))
         while path in taken:            # a listed path may read "disk 2"
@@ -1157,7 +1157,7 @@ class Progress:
         disk = self._current
         if not disk or path in [other.path for other in self._disks]:
             return
-        # A listed disk keeps the progress it has shown, so then it is too late for another path.
+        # A listed disk keeps its progress, so once it has some, another path comes too late.
         if not disk.sure and not (disk.percent and disk.path in self._listed):
             disk.path, disk.sure = path, True
 
@@ -1165,7 +1165,7 @@ class Progress:
         self._error = text
 
     def cause(self, text):
-        """A program complains. The first of each counts: what follows are mostly consequences."""
+        """A program complains. The first of each counts: the rest are mostly consequences."""
         self._causes.setdefault(re.match(r'[\w.-]*', text).group(), text)
 
     def warning(self, text):
@@ -1177,7 +1177,7 @@ class Progress:
         self._error = self._error or text
 
     def forged(self, _):
-        """What has been found so far, a guest may have said."""
+        """A guest may have said what was found so far."""
         self._found = {name: [] for name in self._found}
 
     def vm_id(self, uuid):
@@ -1197,7 +1197,7 @@ class Progress:
         return self._current is not None
 
     def _sizes(self):
-        """Return {path: bytes} of those disks of which it is certain whose size it is."""
+        """Return {path: bytes} of the disks whose size is certain."""
         sizes, found = {}, self._found['size']
         if len(found) == len(self.sources):
             sizes.update(zip(self.sources, found))
@@ -1246,7 +1246,7 @@ def signal_name(number):
 
 
 def finished_document(state, return_code, reason, stuck=(), left=(), complete=False):
-    """Return the last state of a conversion, made of the state before it.
+    """Return the last state of a conversion, made from the one before it.
 
     `return_code` is virt-v2v's, None if it is not known; `reason` why the wrapper ended it, None
     if it did not; `stuck` are the processes that cannot be ended, `left` is what could not be
@@ -1349,12 +1349,12 @@ def _upload_arguments(capability, request, _):
     return ['-o', output, '-oc', url, '-op', request.rhv_password.path,
             '-os', request.rhv_storage, '-oo', 'rhv-cluster=' + request.rhv_cluster,
             '-oo', 'rhv-direct=true',       # the one spelling that all versions take
-            # By default, virt-v2v does not look who answers.
+            # By default, virt-v2v does not verify servers.
             '-oo', 'rhv-verifypeer={}'.format(json.dumps(not request.insecure_connection))] + (
                 [] if request.insecure_connection else ['-oo', 'rhv-cafile=' + request.rhv_cafile])
 
 
-# By ssh the guest is read from files, whose host is in the guest's name.
+# Over SSH the guest is read from files; vm_name says on which host.
 _SOURCE_ARGUMENTS = {'vddk': _vddk_arguments, 'ssh': lambda *_: ['-i', 'vmx', '-it', 'ssh']}
 _TARGET_ARGUMENTS = {'export_domain': _export_arguments, 'rhv_upload': _upload_arguments}
 
@@ -1368,7 +1368,7 @@ def make_arguments(capability, request, directory, libdir, message_fd):
     arguments = ['-v', '-x']
     if capability.messages:
         arguments += ['--machine-readable=fd:{}'.format(message_fd)]
-    arguments += ['--root', request.root]   # without it, a guest with two systems makes it ask
+    arguments += ['--root', request.root]   # else virt-v2v asks if there are two systems
     arguments += _SOURCE_ARGUMENTS[request.transport_method](capability, request, libdir)
     arguments += ['-of', request.output_format]
     arguments += _TARGET_ARGUMENTS[request.target](capability, request, directory)
@@ -1399,7 +1399,7 @@ def make_environment(inherited, request, identity, drivers, scratch, cache):
     environment.update((name, value) for name, value in inherited.items()
                        if _ENVIRONMENT.fullmatch(name))
     environment.update({
-        b'LC_ALL': b'C',                    # its messages are translated
+        b'LC_ALL': b'C',                    # else messages are translated
         b'TMPDIR': scratch, b'VIRT_V2V_TMPDIR': scratch, b'XDG_RUNTIME_DIR': scratch,
         b'HOME': os.fsencode(identity.home),
         b'USER': os.fsencode(identity.name), b'LOGNAME': os.fsencode(identity.name)})
@@ -1421,7 +1421,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRI
 _CAPABILITY_VERSION_3 = 0x20080522  # capset(2)
 _KEYCTL = {'x86_64': 250, 'aarch64': 219, 'ppc64le': 271, 's390x': 280}     # syscall(2)
 _KEYCTL_JOIN_SESSION_KEYRING = 1    # keyctl(2)
-# Enough for virt-v2v, and not too many for old programs that close every number there may be.
+# Enough for virt-v2v, and not too many for old programs that close every possible number.
 _MAX_DESCRIPTORS = 1 << 16
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -1438,7 +1438,7 @@ def system_call(name, *arguments):
 
 
 def shed_inheritance():
-    """Free this process of what its caller left to it, and of core dumps. Raises HostError."""
+    """Drop what the caller left to this process, and core dumps. Raises HostError."""
     for fd in range(3):
         # Opened, so that no other file gets these numbers; reading and writing still fail.
         try:
@@ -1466,7 +1466,7 @@ def shed_inheritance():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError), open('/proc/self/coredump_filter', 'w') as stream:
         stream.write('0')
-    # What a shell limits for its user, or a service for itself, is not meant for a conversion.
+    # Limits of a user's shell, or of a service, are not meant for a conversion.
     for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS):
         _, hard = resource.getrlimit(kind)
         resource.setrlimit(kind, (hard, hard))
@@ -1517,7 +1517,7 @@ def fork(child):
 
 
 def leave_output():
-    """Have /dev/null in place of what the caller may wait for the end of. Raises HostError."""
+    """Put /dev/null in place of what the caller may read to its end. Raises HostError."""
     with blaming(os.devnull):
         null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
@@ -1570,14 +1570,14 @@ def run_program(subject, argv, environment, patience, stdin=subprocess.DEVNULL,
 
 
 def die_with_us():
-    """Return what a child does before it is executed, so that it is killed when we end."""
+    """Return what a child runs before exec, so that it is killed when we end."""
     parent = os.getpid()
 
     def prepare_child():
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())      # let all in
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())      # unblock all
         system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
-            os._exit(1)             # it was killed before that call
+            os._exit(1)             # we ended before that call
     return prepare_child
 
 
@@ -1588,11 +1588,11 @@ def start_agent(key, environment):
             ['ssh-agent', '-D', '-a', environment[AGENT]], env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=die_with_us())
         agent.returncode = 0            # end_descendants() reaps it
-        agent.stdout.readline()         # it tells where it can be asked
+        agent.stdout.readline()         # it says where it listens
     with open(key.path) as stream:
         status, output = run_program('ssh-add', ['ssh-add', '-q', '-'], environment,
                                      PROBE_PATIENCE, stdin=stream, stderr=subprocess.STDOUT)
-    if b'passphrase' in output:         # it asks for it, and gets none
+    if b'passphrase' in output:         # it asks for one, in vain
         raise HostError(('ssh_key', 'expected a key that needs no passphrase'))
     if status != 0:
         raise HostError(('ssh_key', 'cannot be used: ' + ' '.join(clean(output).split())))
@@ -1650,7 +1650,7 @@ class Pipe:
 def ending_of(pid):
     """Return how child `pid` ended, as subprocess has it, or None while it runs.
 
-    The child stays a zombie, so that its ID names nothing else. Raises ChildProcessError.
+    The child stays a zombie, so that its ID is not reused. Raises ChildProcessError.
     """
     info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if info is None:
@@ -1659,14 +1659,14 @@ def ending_of(pid):
 
 
 def end_descendants(keep=None):
-    """Kill all our descendants: what loses its parent comes to us, who are a subreaper.
+    """Kill all our descendants: orphans come to us, as we are a subreaper.
 
     All are reaped but child `keep`, which stays a zombie. Returns the names of those that have not
     gone after END_PATIENCE seconds: a process asleep on a dead server cannot be killed.
     """
     give_up = time.monotonic() + END_PATIENCE
     while True:
-        # Before the list is read: what a process leaves to us comes when it has ended.
+        # Before the list is read: children of a process come to us when it ends.
         ended = False
         with suppress(ChildProcessError):       # it is no child of ours, or not yet
             ended = keep is not None and ending_of(keep) is not None
@@ -1724,7 +1724,7 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
         return cls(entry.pw_name, entry.pw_uid, own or entry.pw_gid, entry.pw_dir)
 
     def become(self):
-        """Be this account and have no privileges, for good, whoever we are. Raises HostError."""
+        """Become this account, without privileges, for good, whoever we are. Raises HostError."""
         subject = 'cannot become user ' + self.name
         groups = set(os.getgrouplist(self.name, self.gid) if os.geteuid() == 0
                      else [self.gid] + [group for group in os.getgroups() if group != 0])
@@ -1787,7 +1787,7 @@ def _command_for(path):
 def open_private_directory(subject, path, make=True):
     """Make directory `path` if it is missing; return it opened, a Directory.
 
-    None if it is missing, is not to be made, and could be. Raises HostError about `subject`
+    None if it is missing and could be made, but `make` is false. Raises HostError about `subject`
     if it is not ours alone to write to: whoever can rename what is in it could have us write to any
     file of ours.
     """
@@ -1881,7 +1881,7 @@ def check_ssh(subject, request, _, identity):
 def reach_vmware(request):
     """Look at thumbprint and port 902 of the server that the guest is read from.
 
-    virt-v2v tells only in the copy that one of them is wrong. Returns a list of problems; raises
+    If one is wrong, virt-v2v only says so during the copy. Returns a list of problems; raises
     HostError if the server does not answer.
     """
     import hashlib
@@ -1893,7 +1893,7 @@ def reach_vmware(request):
     socket.setdefaulttimeout(SERVER_PATIENCE)
     try:
         certificate = ssl.get_server_certificate((uri.hostname, port))
-    except (OSError, ValueError) as error:      # the second if it can be no name of a host
+    except (OSError, ValueError) as error:      # ValueError: not a possible host name
         raise HostError(('vmware_uri', 'port {} of {} cannot be reached: {}'.format(
             port, uri.hostname, clean(str(error))))) from None
     kind = 'sha1' if len(request.vmware_fingerprint) == 59 else 'sha256'
@@ -1926,7 +1926,7 @@ _MOUNT_LINE = '(?m)^{0} {0} [^ \n]+ {0} {0} {0} (?:[^ \n]+ )*?- {0} {0} {0}'.for
 
 
 def mount_at(path, mounts):
-    """Return the Mount that is seen at `path`, where others may cover it, None if there is none."""
+    """Return the Mount that is seen at `path`, where it may cover others, or None."""
     on_the_way = [mount for mount in mounts
                   if (path + '/').startswith(mount.point.rstrip('/') + '/')]
     known = {mount.id for mount in mounts}
@@ -2053,7 +2053,7 @@ class ExportDomain:
         with blaming(subject):
             names = os.listdir(directory)
         uuids = [name for name in names
-                 if re.fullmatch('(?s).{8}-.{4}-.{4}-.{4}-.{12}', name)]    # to virt-v2v
+                 if re.fullmatch('(?s).{8}-.{4}-.{4}-.{4}-.{12}', name)]    # as virt-v2v does
         if len(uuids) != 1:
             raise HostError((subject, 'expected exactly one directory named by a UUID in it, found'
                                       ' {}{}'.format(len(uuids), '; give the directory above it'
@@ -2213,11 +2213,11 @@ class Upload:
         """Have the engine remove what the failed job of `state` has made. Raises HostError.
 
         virt-v2v does so itself unless it is killed, or told to stop while one of its scripts runs.
-        Returns the IDs that are left, and whether the VM is there: then all belongs to that.
+        Returns the IDs that are left, and whether the VM is there: then all belongs to it.
         """
         engine, made = Engine(self._request), state['upload']
         vm = engine.do('GET', 'vms/' + state['vm_id'])[0] if 'vm_id' in state else 404
-        # Who was killed may not have read the ID of the VM yet; but its disks tell.
+        # A killed job may not have read the ID of the VM yet; but the disks tell.
         disks = [engine.do('GET', 'disks/' + disk, all_content='true') for disk in made['disks']]
         if vm == 200 or any(disk.find('vms/vm') is not None for _, disk in disks):
             return [], True
@@ -2234,7 +2234,7 @@ class Upload:
         return left, False
 
 
-# How the other side is checked, which makes the target of a Host.
+# How the target is checked; this makes the target of a Host.
 TARGETS = {'export_domain': lambda _, directory: ExportDomain(directory),
            'rhv_upload': lambda request, _: Upload(request)}
 
@@ -2281,8 +2281,8 @@ class StateFile:
     """The state file of a job, replaced as a whole, and its lock file beside it.
 
     A job is alive as long as its lock is locked, by a descriptor that guardian and monitor share.
-    The lock file holds three lines: the path of the job's temporary directory, which guest it is,
-    and where the lock file is itself, so that a copy of it says nothing of a job.
+    The lock file holds three lines: the path of the job's temporary directory, its guest, and
+    the lock file's own place, so that a copy of it says nothing about a job.
     """
 
     def __init__(self, directory, stem):
@@ -2324,7 +2324,7 @@ class StateFile:
     def lock_if_dead(self):
         """Lock the lock file of a job that may be dead.
 
-        Returns its temporary directory (bytes), b'' if there is no lock file but a copy of one.
+        Returns its temporary directory (bytes), b'' if the lock file is missing or a copy.
         Raises BlockingIOError if the job is alive; OSError.
         """
         try:
@@ -2374,7 +2374,7 @@ class StateFile:
     def write(self, document, durable):
         """Publish `document`. Raises OSError, HostError; then the file is as it was before.
 
-        If it need not be `durable`, the kernel writes it to the disk when it likes.
+        Unless `durable`, the kernel writes it to the disk when it likes.
         """
         text = json.dumps(document, indent=2, ensure_ascii=False) + '\n'
         try:
@@ -2439,7 +2439,7 @@ class OutputLog:
 def cache_directory(scratch):
     """Return the directory (bytes) for libguestfs' appliance, which only we may write to.
 
-    Its usual place, /var/tmp/.guestfs-UID, can be taken by any user, and then nothing is converted.
+    Its usual place, /var/tmp/.guestfs-UID, can be taken by any user; then nothing is converted.
     """
     path = os.path.join(TEMPORARY_DIR, 'v2v-cache-{}'.format(os.geteuid()))
     with suppress(OSError):         # there already, or what follows says so
@@ -2474,7 +2474,7 @@ def remove_tree(path):
 
 # --- Job: what guardian and monitor share
 
-# All that a job needs; made whole, before the monitor is forked. `arguments` are virt-v2v's,
+# All that a job needs, complete before the monitor is forked. `arguments` are virt-v2v's,
 # `output` and `messages` are Pipes, `paths` what the caller is told.
 Job = namedtuple('Job', 'request host capability arguments environment scratch output messages'
                         ' output_log state paths')
@@ -2487,10 +2487,10 @@ def inherited_by_virt_v2v(job):
 
 
 def clean_up(remove_made, state, leave):
-    """Remove what the failed job of `state` has made in its target: `remove_made` takes the state.
+    """Remove what the failed job of `state` has made in its target, with `remove_made(state)`.
 
-    In a process of its own, because storage may hang; not if it is to be left. Returns what is
-    left, a list of texts, and whether the new VM is complete: then all belongs to that, and stays.
+    This runs in a process of its own, because storage may hang; with `leave`, not at all. Returns
+    what is left, a list of texts, and whether the new VM is complete: then all of it stays.
     """
     made = state.get('images', []) + state.get('upload', {}).get('disks', [])
     if leave or not made:
@@ -2517,7 +2517,7 @@ def clean_up(remove_made, state, leave):
 
 
 def conclude(job, pid, read_on, document, reason):
-    """End what is left of the job, and publish its end; the one ending of guardian and monitor.
+    """End what is left of the job, and publish its end; both guardian and monitor end here.
 
     `pid` is virt-v2v's; `read_on` takes in what is left in the pipes; `document` returns the state
     so far, and may raise OSError; `reason` says why the wrapper ended virt-v2v, None if it did not.
@@ -2533,7 +2533,7 @@ def conclude(job, pid, read_on, document, reason):
             state = document()
             if 'finished' not in state:
                 if return_code != 0:
-                    # Where processes are stuck storage hangs, and they may still write there.
+                    # Stuck processes mean that storage hangs; they may still write there.
                     cleaned = cleaned or clean_up(job.host.target.clean_up, state, leave=stuck)
                 job.state.write(finished_document(state, return_code, reason, stuck, *cleaned),
                                 durable=True)
@@ -2564,7 +2564,7 @@ _STEM = 'v2v-import-[0-9]{8}T[0-9]{6}-[0-9]+(?:-[0-9]+)?'
 def end_dead_jobs(directory, target=None):
     """Publish the ending of each job in a Directory that nobody follows any more.
 
-    `target` is that of the job that looks, if one does.
+    `target` is that of the job that calls this, if any.
     """
     names = set(os.listdir(directory.fd))
     for name in sorted(names):
@@ -2584,7 +2584,7 @@ def end_dead_jobs(directory, target=None):
 
 
 def _remove_of_dead(state, target):
-    """As the targets do. An engine's password is gone with the job, but `target` may have it."""
+    """As the targets do. A dead job's engine password is gone, but `target` may have it."""
     own = state['target']
     if own['type'] == 'export_domain':
         return remove_images(own['directory'], state['images'], state.get('vm_id'))
@@ -2596,7 +2596,7 @@ def _remove_of_dead(state, target):
 def _end_if_dead(state_file, target):
     scratch = state_file.lock_if_dead()
     if re.fullmatch(os.fsencode(TEMPORARY_DIR) + rb'/v2v-[0-9a-f]{8}', scratch):
-        # What is left of the job has this in its environment, and nothing else has.
+        # The processes left of the job, and no others, have this in their environment.
         for name in filter(str.isdigit, os.listdir('/proc')):
             with suppress(OSError), open('/proc/{}/environ'.format(name), 'rb') as stream:
                 if b'TMPDIR=' + scratch in stream.read().split(b'\0'):
@@ -2630,7 +2630,7 @@ def monitor(job, report, answer):
     """
     os.close(answer.writer)
     os.close(report.reader)
-    # What loses its parent becomes ours, as it would become the guardian's, which may be killed.
+    # Orphans come to us; else the guardian would get them, and that may be killed.
     system_call('prctl', _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         conversion = Conversion(job)
@@ -2640,9 +2640,9 @@ def monitor(job, report, answer):
     with suppress(OSError):             # the guardian is gone: the launcher has us stop
         report.send(conversion.facts._asdict())
     os.close(report.writer)
-    # By a mistake of ours in that thread the monitor fails, so the guardian ends the job.
+    # A bug in that thread makes the monitor fail, so the guardian ends the job.
     threading.Thread(target=run_and_exit, args=[conversion.take_signals], daemon=True).start()
-    # In a thread, because a job waits for no other; killing what is left of one takes its time.
+    # In a thread, so that no job waits for another: killing what is left of one takes time.
     search = threading.Thread(args=[job.host.states, job.host.target],
                               target=end_dead_jobs, daemon=True)
     search.start()
@@ -2697,7 +2697,7 @@ class Conversion:
         return child.pid
 
     def take_signals(self):
-        """In a thread of its own, which touches no file: no disk that hangs can hold it up."""
+        """In a thread of its own, which touches no file: a disk that hangs cannot delay it."""
         signals, kill_at = _STOP_SIGNALS | {signal.SIGCHLD}, None
         while True:
             if kill_at is None:
@@ -2745,7 +2745,7 @@ class Conversion:
         """Take in a chunk of what virt-v2v has written. Says if there may be more."""
         output = self._job.output.read()
         self._job.output_log.write(output)
-        # A message is written before the line of its text: the lines need all that are there.
+        # A message comes before the line of its text, so all messages are read first.
         messages = self._job.messages.read()
         self._apply(self._parser.messages, messages)
         self._apply(self._parser.output, output)
@@ -2768,7 +2768,7 @@ class Conversion:
                               event.value)
             self._gather_interval = (GATHER_INTERVAL_COPYING if self._progress.is_copying()
                                      else GATHER_INTERVAL)
-        except Exception as error:      # a mistake of ours is no reason to lose a conversion
+        except Exception as error:      # a bug of ours is no reason to lose a conversion
             self._mishaps += 1
             if self._mishaps <= 10:
                 LOG.write('ERROR', 'internal error, the conversion goes on: {}', where(error))
@@ -2780,7 +2780,7 @@ class Conversion:
             return
         try:
             self._job.state.write(self._document(), durable=self._urgent)
-        except Exception as error:      # a full disk or a mistake of ours
+        except Exception as error:      # a full disk or a bug
             if not self._failing:
                 LOG.write('ERROR', 'the state could not be written, trying again: {}',
                           where(error))
@@ -2795,7 +2795,7 @@ class Conversion:
 def guard(request, options, identity, directory, problems, answer):
     """Be the guardian. Answers with the paths, or with problems. Returns an exit status.
 
-    `directory` is the export domain, None where finding it ended with `problems`. For --check it
+    `directory` is the export domain, None if finding it failed with `problems`. For --check it
     answers with what it has found, and starts nothing. A stop signal before the monitor is forked
     raises KeyboardInterrupt: what was made is unmade, and fork() ends the process.
     """
@@ -2837,10 +2837,9 @@ def guard(request, options, identity, directory, problems, answer):
 
 
 def check_host(request, options, identity, directory, problems, answer):
-    """Find and check all that virt-v2v would miss only after half an hour. Returns the Host.
+    """Find and check what virt-v2v would reject only after half an hour. Returns the Host.
 
-    `directory` is the export domain. Raises HostError with all problems, which begin with
-    `problems`.
+    `directory` is the export domain. Raises HostError with all problems, `problems` first.
     """
     problems, found = list(problems), {}
 
@@ -2881,7 +2880,7 @@ def check_host(request, options, identity, directory, problems, answer):
 def prepare(undo, request, options, identity, host, answer):
     """Make the files, and ask virt-v2v what it can do. Returns a Job; for --check it has no files.
 
-    What is made is unmade by `undo`, an ExitStack. Raises HostError.
+    `undo`, an ExitStack, removes what is made. Raises HostError.
     """
     answer.send('logs and state file')
     scratch = os.path.join(TEMPORARY_DIR, 'v2v-' + os.urandom(4).hex())
@@ -3049,7 +3048,7 @@ def launch(request, options):
         told = [('start', 'interrupted by a signal')]
     except TimeoutError:
         told = [(told, 'does not answer')]
-    if not isinstance(told, dict):      # it goes, or has to go, or was killed
+    if not isinstance(told, dict):      # it ends, must end, or was killed
         end_guardian(guardian_pid, END_PATIENCE + PRINT_PATIENCE)
     told = expect_success(told)
     if request.ignored:
@@ -3092,7 +3091,7 @@ def measure(state):
 
 
 class View:
-    """A job as all see it who can read its files, which may hold anything."""
+    """A job as seen through its files, which may hold anything."""
 
     def __init__(self, path):
         """Raises HostError if `path` is not the state file of a job."""
@@ -3143,7 +3142,7 @@ class View:
         return 'failed: ' + self.message if failed else self.row.status
 
     def speed(self):
-        """Return time left and rate as texts, both empty where nobody can know them."""
+        """Return time left and rate as texts, both empty if they are unknown."""
         (begin, before), (now, percent) = self._samples[0], self._samples[-1]
         if self.row.status != 'running' or percent <= before:
             return '', ''
@@ -3218,7 +3217,7 @@ class Screen:
         guest = min([24, width // 4] + [max(len(columns(view.row.guest)) for view in views)])
         lines = [fit(self._line(view, guest, width), width).rstrip() for view in shown]
         lines += ['and {} more'.format(len(views) - count)] if count < len(views) else []
-        # Where a terminal puts its lines when its size changes, nobody knows.
+        # Nobody knows where a terminal puts its lines when its size changes.
         start = '\r\x1b[{}A'.format(self._height) if self._height else ''
         frame = '\x1b[H\x1b[J' if size != self._size else start
         frame += ''.join(line + '\x1b[K\n' for line in lines) + '\x1b[J'
@@ -3394,7 +3393,7 @@ def _argument_parser():
 
     class ArgumentParser(argparse.ArgumentParser):
         def error(self, message):
-            # A value, which it quotes at the end, may be a whole request.
+            # It quotes a value at its end, which may be a whole request.
             raise RequestError(('usage', re.split(':? [\'"]', message)[0] + '; see --help'))
 
     parser = ArgumentParser(prog=PROGRAM + '.py', usage=_USAGE, description=_DESCRIPTION,
