@@ -665,14 +665,14 @@ def parse_request(data):
             problems.append((key, 'expected {}, found {}'.format(expected, _KINDS[type(value)])))
         except ValueError:
             problems.append((key, 'expected ' + expected))
+    # What has digits in it may be a misplaced password.
+    ignored = tuple(key for key in sorted(document) if re.fullmatch('[A-Za-z_-]{1,40}', key))
     if problems:
-        # Digits may be a misplaced password.
-        unknown = [key for key in sorted(set(document) - set(_RULES))
-                   if re.fullmatch('[A-Za-z_-]{1,40}', key)]
+        unknown = [key for key in ignored if key not in _RULES]
         if unknown:
             problems.append(('request', 'unknown keys: ' + ', '.join(unknown)))
         raise RequestError(*problems)
-    return Request(target=target, ignored=tuple(sorted(document)), **values)
+    return Request(target=target, ignored=ignored, **values)
 
 
 def _read_password(path):
@@ -931,9 +931,10 @@ class Parser:
             events.append(Event(self._unfinished.name, clean(self._unfinished.value)))
             self._unfinished = None
         # virt-v2v may have ended before their lines came.
+        farewell = self._farewell
         for text in list(self._announced):
             events += [event for event in self._enter(text) if event.name == 'disk']
-        return events + self._farewell
+        return events + farewell
 
     def _parse(self, lines, rows=None):
         """Return the events in whole lines; `rows` are those that their surroundings can match.
@@ -1749,7 +1750,7 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
         holds = [set(map(int, status[key].split())) == value for key, value in wanted.items()]
         holds += [int(status[key], 16) == 0 for key in ('CapInh', 'CapPrm', 'CapEff', 'CapAmb')]
         holds += [set(map(int, status['Groups'].split())) <= groups]
-        with suppress(PermissionError):
+        with suppress(OSError):
             os.setuid(0)
             holds = [False]
         if not all(holds):
@@ -1849,7 +1850,11 @@ def find_drivers(request):
     if not request.install_drivers:
         return None
     from glob import glob
-    return next((os.fsencode(max(found)) for found in map(glob, _DRIVERS) if found), None)
+
+    def version(path):
+        return [int(number) for number in re.findall('[0-9]+', os.path.basename(path))]
+    return next((os.fsencode(max(found, key=version)) for found in map(glob, _DRIVERS) if found),
+                None)
 
 
 # --- Source: what the guest is read from

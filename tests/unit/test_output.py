@@ -804,6 +804,13 @@ def test_a_phase_that_follows_shows_that_no_signal_ended_it():
     assert parser.end() == []
 
 
+def test_a_phase_that_was_only_announced_shows_nothing():
+    parser = modern(GUEST)
+    parser.messages(json_message(TARGET))
+    parser.output(line('virt-v2v: Exiting on signal SIGTERM'))
+    assert parser.end() == [('farewell', 'virt-v2v was told to stop by SIGTERM')]
+
+
 def test_a_version_without_messages_warns_in_lines():
     assert in_legacy(COPYING, 'virt-v2v: warning: careful') == [('warning', 'careful')]
     assert in_modern(COPYING, 'virt-v2v: warning: careful') == []

@@ -505,6 +505,7 @@ def test_drivers_that_are_named_and_missing_are_a_problem(host):
     (['virtio-win-1.iso', 'rhv-tools-1.iso', 'rhv-tools-2.iso'], 'rhv-tools-2.iso'),
     (['oVirt-toolsSetup-4.iso', 'RHV-toolsSetup_4.4.iso'], 'RHV-toolsSetup_4.4.iso'),
     (['virtio-win.iso', 'other.iso'], 'virtio-win.iso'),
+    (['virtio-win-0.1.96.iso', 'virtio-win-0.1.248.iso'], 'virtio-win-0.1.248.iso'),
     (['other.iso'], None)])
 def test_the_best_drivers_are_looked_for(tmp_path, monkeypatch, names, best):
     for name in names:

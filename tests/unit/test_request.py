@@ -555,6 +555,10 @@ def test_the_names_of_target_and_ignored_keys_are_told():
     assert parsed(**UPLOAD).target == 'rhv_upload'
 
 
+def test_a_name_of_a_key_that_may_be_a_password_is_not_told():
+    assert parsed(vmname='x', **{'hunter2': 'x', 'top secret': 'x'}).ignored == ('vmname',)
+
+
 @pytest.mark.parametrize('text', [KEY, KEY.rstrip(), KEY.replace('\n', '\r\n'), KEY + '\n\n'])
 def test_a_private_key_ends_with_one_line_end(text):
     assert parsed(ssh_key=text, **SSH).ssh_key.read() == KEY
