@@ -9,8 +9,9 @@ What a start promises:
 
 * Paths are printed if and only if virt-v2v was executed and the state file exists. Otherwise
   standard error has one line for each problem, and the exit status is not 0.
-* The state file is complete JSON at every moment, and every ending is published in it: as soon as
-  it can be written if any process of the job is left, else by the next start, or --list.
+* The state file is complete JSON at every moment, and every ending is published in it: if any
+  process of the job is left, as soon as it can be written (an hour is given to that); else by the
+  next job in the same state directory, or --list.
 * A job is alive exactly as long as its lock file is locked.
 * No password or key is in an argument list, environment, log or named file.
 * virt-v2v runs without privileges, whoever starts it: as user vdsm if root does.
@@ -46,8 +47,17 @@ How a job ends:
     all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
 
+    the launcher is killed         after the answer nothing happens, before it the job is stopped
+
 Processes that virt-v2v leaves become children of the monitor, or of the guardian, and are ended.
-Whoever publishes the end removes what a failed job has made in its target: see conclude().
+Whoever publishes the end removes what a failed job has made in its target, in a child of its own:
+see clean_up(). The monitor has two more threads, for take_signals() and end_dead_jobs(). With
+--wait, the launcher stays until the end.
+
+Words: a phase is what virt-v2v says that it does, a stage the kind of it that decides what may be
+believed. Messages are virt-v2v's lines of JSON. In texts, "the wrapper" is the monitor. The stem is
+the name that all files of a job share; scratch is its directory for temporary files; a twin is
+another job of the same guest.
 
 Each room of this file uses only what is above it, so the processes come last:
 
@@ -62,9 +72,10 @@ Each room of this file uses only what is above it, so the processes come last:
 A new key of the request takes a row in _COMMON, or in its transport or target, and its use, mostly
 in make_arguments(); a secret one goes into secrets_of() too. A new transport or target has its keys
 in _SOURCE_KEYS or _TARGET_KEYS, its arguments in _SOURCE_ARGUMENTS or _TARGET_ARGUMENTS, its checks
-in SOURCES or TARGETS; a target is a class like ExportDomain. A new line of virt-v2v's output takes
-a row in _TABLE and, for a new kind of Event, a method of Progress. A check of the host belongs in
-check_host().
+in SOURCES or TARGETS; a target is a class like ExportDomain, and _remove_of_dead() knows it. A new
+line of virt-v2v's output takes a row in _TABLE; a new kind of Event is described there, takes a
+method of Progress, and belongs in _TRANSITIONS if readers should see it at once. The code and hint
+of an error are a row of _CAUSES. A check of the host belongs in check_host().
 
 It needs Linux 4.10, Python 3.6 or newer with its standard library, and virt-v2v.
 """
@@ -550,7 +561,7 @@ _COMMON = _rules(
     ('root', 'first', _like('first|single|' + _DEVICE), '"first", "single" or "/dev/..."'),
     ('new_vm_name', None, _text,
      'a non-empty string of at most 4096 bytes without control characters'))
-# A key, and the one of the same rules that may replace it.
+# Key: the one, of the same rules, that may be given in its place.
 _INSTEAD = {'vmware_password': 'vmware_password_file'}
 # All of them by key.
 _RULES = {}
@@ -862,7 +873,7 @@ _TABLE = tuple(_Row(*row) for row in (
 
 
 class Lines:
-    """Joins chunks into lines, ended by LF or CR. What exceeds `limit` bytes is left out."""
+    """Joins chunks into lines, ended by LF or CR. Of one in many chunks, `limit` bytes are kept."""
 
     def __init__(self, limit):
         self._limit = limit
@@ -970,14 +981,15 @@ class Parser:
             match = re.fullmatch(_PHASE_LINE, line)
             return self._enter(match.group(1)) if match else []
         for row in self._near:
-            match = row.literal in line and re.fullmatch(row.pattern, line)
-            if match and row.event in ('error', 'warning'):
+            match = re.fullmatch(row.pattern, line) if row.literal in line else None
+            if not match:
+                continue
+            if row.event in ('error', 'warning'):
                 return self._wrapped(row.event, match.group(1))
-            event = match and Event(row.event, row.make(match.group(1)))
-            if event and event.name == 'farewell':
-                self._farewell = [event]
-            elif event:
+            event = Event(row.event, row.make(match.group(1)))
+            if row.event != 'farewell':
                 return [event]
+            self._farewell = [event]
         return []
 
     def _enter(self, text):
@@ -987,7 +999,7 @@ class Parser:
             # A guest may know what will be announced; but its line never comes before the message.
             if text in self._target_phases:
                 return [Event('forged', None)]
-            if text not in self._announced or number and number != self._copies + 1:
+            if text not in self._announced or (number and number != self._copies + 1):
                 return []
             self._announced.remove(text)
         self._copies += bool(number)
@@ -1000,10 +1012,12 @@ class Parser:
         return [event] if self._has_messages else [Event('phase', clean(text)), event]
 
     def _go_to(self, stage):
+        def counts(row):
+            if self._has_messages:
+                return stage in row.stages
+            return _LEGACY in row.stages or (stage in row.stages and _MESSAGES not in row.stages)
         # What is understood now, and of that what may be in these lines.
-        self._rows = self._near = [row for row in _TABLE if (
-            stage in row.stages if self._has_messages else
-            stage in row.stages and _MESSAGES not in row.stages or _LEGACY in row.stages)]
+        self._rows = self._near = list(filter(counts, _TABLE))
 
     def _wrapped(self, name, text):
         """An error or a warning. Up to 1.40, a blank at its end shows that it goes on."""
@@ -1255,19 +1269,6 @@ def finished_document(state, return_code, reason, stuck=(), left=(), complete=Fa
     """
     state = dict(state)
     said = state.pop('last_message', {})
-    # That virt-v2v ends because the wrapper told it to is no error of its own.
-    error = None if reason and said.get('code') == 'cancelled' else said.get('message')
-    if reason is None and return_code is None:
-        reason = 'virt-v2v is gone, and nobody knows how it ended'
-    elif reason is None and return_code < 0:
-        reason = 'virt-v2v was killed by ' + signal_name(-return_code)
-    elif reason is None and not error:
-        reason = 'virt-v2v ended with status {} and no error message'.format(return_code)
-    text = '{} ({})'.format(reason, error) if reason and error else reason or error
-    if stuck:
-        text += '; could not be killed, as they wait for storage: ' + ', '.join(stuck)
-    if complete:
-        text += '; but the new VM is complete, and was kept'
     if left:
         state['left_behind'] = list(left)
     if return_code is not None:
@@ -1276,6 +1277,11 @@ def finished_document(state, return_code, reason, stuck=(), left=(), complete=Fa
         state['disks'] = [disk if disk.get('unknown') else dict(disk, progress=100)
                           for disk in state['disks']]
     else:
+        text = _why_it_failed(said, return_code, reason)
+        if stuck:
+            text += '; could not be killed, as they wait for storage: ' + ', '.join(stuck)
+        if complete:
+            text += '; but the new VM is complete, and was kept'
         state['last_message'] = error_message(text)
         if state['last_message']['code'] == 'cancelled':
             state['cancelled'] = True
@@ -1283,6 +1289,19 @@ def finished_document(state, return_code, reason, stuck=(), left=(), complete=Fa
     state['updated_at'] = state['finished_at'] = timestamp()
     state['finished'] = True
     return state
+
+
+def _why_it_failed(said, return_code, reason):
+    """Return the text of that; `said` is the last_message so far, {} if there is none."""
+    # That virt-v2v ends because the wrapper told it to is no error of its own.
+    error = None if reason and said.get('code') == 'cancelled' else said.get('message')
+    if reason is None and return_code is None:
+        reason = 'virt-v2v is gone, and nobody knows how it ended'
+    elif reason is None and return_code < 0:
+        reason = 'virt-v2v was killed by ' + signal_name(-return_code)
+    elif reason is None and not error:
+        reason = 'virt-v2v ended with status {} and no error message'.format(return_code)
+    return '{} ({})'.format(reason, error) if reason and error else reason or error
 
 
 # --- Command: what to execute, in the words of the version that is there
@@ -1300,7 +1319,7 @@ _ENVIRONMENT = re.compile(rb'PATH|LIBGUESTFS_\w+|VIRTIO_WIN|(?:https?|ftp|all|no
 def capabilities(ask):
     """Find out what this virt-v2v knows. Returns Capabilities.
 
-    `ask` takes an option and returns the lines virt-v2v prints for it, or None if it refuses.
+    `ask` takes an option and returns the words virt-v2v prints for it, or None if it refuses.
     """
     # JSON messages came together with this spelling (1.41.1), later than -io and -ip.
     features = ask('--machine-readable=fd:1')
@@ -1671,6 +1690,7 @@ def end_descendants(keep=None):
         ended = False
         with suppress(ChildProcessError):       # it is no child of ours, or not yet
             ended = keep is not None and ending_of(keep) is not None
+        # Of the main thread, to which orphans come; in clean_up() another one may have a child.
         # The kernel's list may miss some while others are reaped; but only we do that (proc(5)).
         with open('/proc/{0}/task/{0}/children'.format(os.getpid())) as stream:
             living = [int(pid) for pid in stream.read().split()]
@@ -1742,6 +1762,7 @@ class Identity(namedtuple('Identity', 'name uid gid home')):
             header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
             system_call('capset', header, bytes(24))
             system_call('prctl', _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            # So that no other process of this user can look into our memory.
             system_call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
         with blaming('/proc'), open('/proc/self/status') as stream:
             status = dict(line.rstrip('\n').split(':\t', 1) for line in stream if ':\t' in line)
@@ -2081,13 +2102,13 @@ class ExportDomain:
                 contents.update(os.path.join(part, name) for name in os.listdir(part))
         return contents
 
-    def free(self):
+    def free_bytes(self):
         """Return how many bytes it has room for. Raises HostError."""
         with blaming('export_domain'):
             status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
-    def new(self):
+    def new_paths(self):
         """Return the paths of images and VMs that were not there at first, sorted."""
         return sorted(self._contents() - self._before)
 
@@ -2204,13 +2225,13 @@ class Upload:
         return {'type': 'rhv_upload', 'url': self._request.rhv_url,
                 'cluster': self._request.rhv_cluster, 'storage': self._request.rhv_storage}
 
-    def free(self):
+    def free_bytes(self):
         """Return how many bytes the storage domain has room for. Raises HostError."""
         _, found = Engine(self._request).do(
             'GET', 'storagedomains', search='name=' + self._request.rhv_storage)
         return int(found.findtext('*/available') or 0)
 
-    def new(self):
+    def new_paths(self):
         """The state names all that can be left."""
         return []
 
@@ -2296,7 +2317,7 @@ class StateFile:
         self._name, self._lock_name = stem + '.state', stem + '.lock'
         # Nobody else has this name, so a file that a killed process left there can be removed.
         self._temporary = '.{}.{}.tmp'.format(stem, os.urandom(4).hex())
-        self._lock = self._held = None
+        self._lock = self._lock_text = None
 
     @property
     def path(self):
@@ -2307,14 +2328,14 @@ class StateFile:
         return os.path.realpath(os.path.join(os.fsencode(self.directory.path),
                                              os.fsencode(self._lock_name)))
 
-    def claim(self, held):
-        """Claim the name for a new job, and lock it; `held` are the first two lines (bytes).
+    def claim(self, lock_text):
+        """Claim the name for a new job, and lock it; `lock_text` are the first two lines (bytes).
 
         Raises FileExistsError if it is taken; OSError.
         """
-        self._held = held
+        self._lock_text = lock_text
         try:
-            self._create_temporary(held + b'\n' + self._place(), durable=False)
+            self._create_temporary(lock_text + b'\n' + self._place(), durable=False)
             # Open for reading, so that the file system can still be made read-only.
             self._lock = open_to_read(self._temporary, self.fd)
             # Before it has its name, so that nobody ever sees the lock of a living job unlocked.
@@ -2349,7 +2370,7 @@ class StateFile:
                 continue
             with suppress(OSError), open(open_to_read(name, self.fd), 'rb') as stream:
                 guest = stream.read(MAX_ANSWER).split(b'\n')[1:2]
-                if (guest == self._held.split(b'\n')[1:]
+                if (guest == self._lock_text.split(b'\n')[1:]
                         and is_locked(os.path.join(self.directory.path, name))
                         and 'finished' not in (other.read() or ())):
                     return other.path
@@ -2391,7 +2412,7 @@ class StateFile:
             os.dup2(anew.fd, self.fd, inheritable=False)
             os.close(anew.fd)
             with suppress(FileExistsError):
-                self.claim(self._held)
+                self.claim(self._lock_text)
             raise
         except OSError:
             with suppress(OSError):
@@ -2557,7 +2578,7 @@ def conclude(job, pid, read_on, document, reason):
     job.state.release()
     # Not before: the export domain may be what hangs.
     if return_code != 0 and not stuck:
-        for path in job.host.target.new():
+        for path in job.host.target.new_paths():
             LOG.write('WARNING', 'new in the export domain since the start, perhaps left by this'
                                  ' conversion: {}', path)
 
@@ -2645,7 +2666,7 @@ def monitor(job, report, answer):
     with suppress(OSError):             # the guardian is gone: the launcher has us stop
         report.send(conversion.facts._asdict())
     os.close(report.writer)
-    # A bug in that thread makes the monitor fail, so the guardian ends the job.
+    # A bug in that thread ends the whole process, so the guardian ends the job.
     threading.Thread(target=run_and_exit, args=[conversion.take_signals], daemon=True).start()
     # In a thread, so that no job waits for another: killing what is left of one takes time.
     search = threading.Thread(args=[job.host.states, job.host.target],
@@ -2781,7 +2802,7 @@ class Conversion:
     def _publish(self):
         """Write the state if there is news: transitions at once, mere progress not too often."""
         now = time.monotonic()
-        if not self._news or now < self._publish_at and (self._failing or not self._urgent):
+        if not self._news or (now < self._publish_at and (self._failing or not self._urgent)):
             return
         try:
             self._job.state.write(self._document(), durable=self._urgent)
@@ -2800,9 +2821,9 @@ class Conversion:
 def guard(request, options, identity, directory, problems, answer):
     """Be the guardian. Answers with the paths, or with problems. Returns an exit status.
 
-    `directory` is the export domain, None if finding it failed with `problems`. For --check it
-    answers with what it has found, and starts nothing. A stop signal before the monitor is forked
-    raises KeyboardInterrupt: what was made is unmade, and fork() ends the process.
+    `directory` is the export domain; None for an upload, or if finding it failed with `problems`.
+    For --check it answers with what it has found, and starts nothing. A stop signal before the
+    monitor is forked raises KeyboardInterrupt: what was made is unmade, and this process ends.
     """
     os.setsid()
     os.chdir('/')
@@ -2896,8 +2917,8 @@ def prepare(undo, request, options, identity, host, answer):
     state, logs, paths, cache = None, (None, None), None, scratch
     if not options.check:
         guest = '{} {}'.format(request.vmware_uri, request.vm_name)
-        held = scratch + b'\n' + guest.encode('utf-8')
-        state, logs, paths = create_files(undo, held, host)
+        lock_text = scratch + b'\n' + guest.encode('utf-8')
+        state, logs, paths = create_files(undo, lock_text, host)
         twin, cache = state.twin(), cache_directory(scratch)
         if twin:
             raise HostError(('vm_name', 'a job of this guest is running: ' + as_text(twin)))
@@ -2913,9 +2934,9 @@ def prepare(undo, request, options, identity, host, answer):
     def ask(option):
         status, output = run_program(
             'virt-v2v', [host.virt_v2v, option.encode('ascii')], environment, PROBE_PATIENCE)
-        lines = output.decode('utf-8', 'replace').split()
-        LOG.write('INFO', 'virt-v2v {}: status {}: {}', option, status, ' '.join(lines))
-        return lines if status == 0 else None
+        words = output.decode('utf-8', 'replace').split()
+        LOG.write('INFO', 'virt-v2v {}: status {}: {}', option, status, ' '.join(words))
+        return words if status == 0 else None
     capability, messages = capabilities(ask), Pipe()
     for secret in secrets_of(request):
         secret.store()
@@ -2926,8 +2947,8 @@ def prepare(undo, request, options, identity, host, answer):
                output_log=OutputLog(logs[1]), state=state, paths=paths)
 
 
-def create_files(undo, held, host):
-    """Create both logs and the lock, which holds `held`, under a name that no other job has.
+def create_files(undo, lock_text, host):
+    """Create both logs and the lock, which holds `lock_text`, under a name that no other job has.
 
     Returns the StateFile, the descriptors of both logs, and the paths as the caller is told them.
     Raises HostError.
@@ -2937,7 +2958,7 @@ def create_files(undo, held, host):
         state, logs = StateFile(host.states, name), (name + '-wrapper.log', name + '.log')
         with ExitStack() as made, blaming('logs and state file'):
             try:
-                state.claim(held)
+                state.claim(lock_text)
                 made.callback(state.release)
                 descriptors = []
                 for log in logs:
@@ -2991,7 +3012,7 @@ def look_at_source(job, answer):
         vm_name=request.vm_name, disks=progress.sources, warnings=progress.warnings,
         networks=[dict(source=source, mac_address=mac, destination=goes_to.get(
             mac.lower()) or goes_to.get(source) or 'ovirtmgmt') for source, mac in nics],
-        target=job.host.target.document(), free_bytes=job.host.target.free())
+        target=job.host.target.document(), free_bytes=job.host.target.free_bytes())
 
 
 def start_monitor(undo, job, answer):
@@ -3029,7 +3050,7 @@ def end_for_monitor(job, facts, status):
 def launch(request, options):
     """Start the job, or check it. Returns what the caller is told, and the guardian's process ID.
 
-    Raises WrapperError; then nothing is left of the job.
+    Raises WrapperError; then the job has ended, or ends soon.
     """
     identity = Identity.find()
     directory, problems = None, ()
@@ -3076,7 +3097,7 @@ def end_guardian(pid, patience):
 
 _CODES = {'converted': EXIT_STARTED, 'failed': EXIT_FAILED, 'cancelled': EXIT_CANCELLED}
 # What --list shows. `age` is the seconds since the start, None if that is not known.
-Row = namedtuple('Row', 'guest status percent phase age state_file')
+JobRow = namedtuple('JobRow', 'guest status percent phase age state_file')
 
 
 def say(text):
@@ -3107,7 +3128,7 @@ class View:
             raise HostError((self.name, 'is not the state file of a job'))
 
     def look(self):
-        """Look again; return the Row. A file that is gone or damaged changes only the status."""
+        """Look again; return the JobRow. A file that is gone or damaged changes only the status."""
         is_alive = is_locked(self.lock)         # before the state, whose end comes first
         with suppress(Exception):
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -3137,7 +3158,7 @@ class View:
         if not copying_disk(phase):
             self._samples.clear()       # what comes before the copies tells nothing of their speed
         self._samples.append((time.monotonic(), percent))
-        self.row = Row(guest, status, percent, phase, age, self.name)
+        self.row = JobRow(guest, status, percent, phase, age, self.name)
 
     def news(self):
         """Return what the job does, or how it ended."""
@@ -3195,7 +3216,7 @@ def list_jobs(rows, as_json):
     """Print a table of jobs."""
     if as_json:
         return say(json.dumps([row._asdict() for row in rows]))
-    table = [[name.upper().replace('_', ' ') for name in Row._fields]] + [
+    table = [[name.upper().replace('_', ' ') for name in JobRow._fields]] + [
         row._replace(percent='{}%'.format(int(row.percent)),
                      age='' if row.age is None else duration(row.age)) for row in rows]
     widths = [min(40, max(len(columns(text)) for text in column)) for column in zip(*table)]

@@ -253,15 +253,15 @@ def test_what_is_new_in_a_domain_are_its_images_and_vms(tmp_path):
     root = make_domain(tmp_path, parts=['images/old', 'master/vms/old', 'master/tasks/old'])
     domain = ExportDomain(str(tmp_path))
     make_domain(tmp_path, parts=['master/vms/a', 'images/b', 'images/a', 'master/tasks/a', 'other'])
-    assert domain.new() == [os.path.join(root, part) for part in ('images/a', 'images/b',
-                                                                  'master/vms/a')]
+    assert domain.new_paths() == [
+        os.path.join(root, part) for part in ('images/a', 'images/b', 'master/vms/a')]
 
 
 def test_in_a_domain_that_went_away_nothing_is_new(tmp_path):
     make_domain(tmp_path, parts=['images/old', 'master/vms/old'])
     domain = ExportDomain(str(tmp_path))
     (tmp_path / DOMAIN).rename(tmp_path / 'away')
-    assert domain.new() == []
+    assert domain.new_paths() == []
 
 
 # --- the host ----------------------------------------------------------------------------
