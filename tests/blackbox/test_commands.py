@@ -271,9 +271,11 @@ def test_a_damaged_state_does_not_break_the_list(wrapper, kind, alive):
 @pytest.mark.parametrize('put', [os.mkdir, os.mkfifo, lambda path: os.symlink('x', path),
                                  lambda path: os.symlink('/dev/zero', path)])
 def test_what_is_no_file_does_not_break_the_list(wrapper, put):
-    job = PaperJob(wrapper, 1)
+    job, other = PaperJob(wrapper, 1), PaperJob(wrapper, 3)
     put(os.path.join(wrapper.state_dir, 'v2v-import-20200101T000000-1.state'))
-    put(job.path.replace('-1.', '-3.').replace('.state', '.lock'))
+    lock = other.path.replace('.state', '.lock')
+    os.unlink(lock)
+    put(lock)
     assert listed(wrapper)[job.guest]['status'] == 'running'
 
 
