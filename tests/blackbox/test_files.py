@@ -331,12 +331,14 @@ def test_what_temporary_links_point_to_stays(wrapper, victim):
     os.rename(wrapper.virt_v2v.bin, wrapper.virt_v2v.bin + '.real')
     os.mkdir(wrapper.virt_v2v.bin, 0o755)
     wrapper.add_program('virt-v2v', LEFT)
+    before = mode(wrapper.home)
     wrapper.start().wait_finished()
     wrapper.wait_gone()
     with open(os.path.join(wrapper.directory, 'where')) as stream:
         scratch = stream.read().strip()
     assert scratch.startswith('/var/tmp/v2v-')
     assert not os.path.exists(scratch)
+    assert mode(wrapper.home) == before
     with open(victim) as stream:
         assert stream.read() == VICTIM
 

@@ -129,6 +129,12 @@ def test_progress_is_published_while_virt_v2v_is_copying(wrapper):
     assert state['disks'] == [{'path': DISKS[0], 'progress': 44}]
 
 
+def test_drivers_that_are_nowhere_to_be_found_are_a_warning(wrapper):
+    tamper(wrapper, 'module._DRIVERS = ()')
+    state = wrapper.start(wrapper.request(install_drivers=True)).wait_finished()
+    assert state['warnings'] == ['no drivers for Windows guests were found on this host']
+
+
 SLOW_READS = '''\
 read = module.Pipe.read
 module.Pipe.read = lambda pipe: (read(pipe), module.time.sleep(0.05))[0]
