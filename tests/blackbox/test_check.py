@@ -14,7 +14,7 @@ import web
 from commands import command
 from faults import tamper
 from loopback_engine import make_certificate
-from virt_v2v import DISKS, error, reach, source, stdout, wait, warning
+from virt_v2v import DISKS, error, leave, reach, source, stdout, wait, warning
 
 GUEST = b"""\
 Source guest information (--print-source option):
@@ -26,7 +26,7 @@ disks:
 \t0 [scsi]
 \t1 [scsi]
 NICs:
-\tBridge "VM Network" mac: 00:50:56:82:03:01 [vmxnet3]
+\tBridge "VM Network" mac: 00:50:56:82:03:0A [vmxnet3]
 \tNetwork "Back \xe2\x82\xac"
 """
 
@@ -62,17 +62,22 @@ def problems(result):
 
 
 def test_check_shows_the_guest_and_where_it_would_go(wrapper, server):
-    wrapper.virt_v2v.play([source(disk) for disk in DISKS], stdout(GUEST))
-    status, shown, stderr = check(wrapper, server, network_mappings=[
-        {'source': 'VM Network', 'destination': 'other', 'mac_address': '00:50:56:82:03:01'}])
+    wrapper.virt_v2v.play([source(disk) for disk in DISKS], warning('may not boot'), stdout(GUEST))
+    status, shown, stderr = check(wrapper, server, unheard_of=1, network_mappings=[
+        {'source': 'VM Network', 'destination': 'lan'},
+        {'source': 'VM Network', 'destination': 'other', 'mac_address': '00:50:56:82:03:0a'},
+        {'source': 'Back \u20ac', 'destination': 'wan'}])
     assert (status, stderr) == (0, '')
-    *lines, target = shown.splitlines()
+    lines = shown.splitlines()
+    target = lines.pop(5)
     assert lines == [
         'guest:    vm',
         'disk:     [ds1] vm/vm.vmdk',
         'disk:     [ds1] vm/vm_1.vmdk',
-        'network:  VM Network 00:50:56:82:03:01 goes to other',
-        'network:  Back \u20ac  goes to ovirtmgmt']
+        'network:  VM Network 00:50:56:82:03:0A goes to other',
+        'network:  Back \u20ac  goes to wan',
+        'warning:  may not boot',
+        'ignored:  unheard_of']
     assert target.startswith('target:   export_domain, %s/' % wrapper.export_domain)
     assert target.endswith(' GiB free')
 
@@ -86,7 +91,7 @@ def test_with_json_it_is_one_object(wrapper, server):
     assert found == {
         'vm_name': 'vm', 'disks': [DISKS[0]], 'warnings': ['may not boot'],
         'networks': [
-            {'source': 'VM Network', 'mac_address': '00:50:56:82:03:01',
+            {'source': 'VM Network', 'mac_address': '00:50:56:82:03:0A',
              'destination': 'ovirtmgmt'},
             {'source': 'Back \u20ac', 'mac_address': '', 'destination': 'ovirtmgmt'}],
         'target': {'type': 'export_domain'}, 'ignored_keys': ['unheard_of']}
@@ -150,6 +155,16 @@ def test_all_that_virt_v2v_refuses_is_told_with_a_hint(wrapper, server):
     assert problems(check(wrapper, server)) == [
         "source: cannot find libvirt domain 'vm'. Give vm_name as the server spells it, and in"
         ' vmware_uri the host that has it.']
+
+
+def test_a_virt_v2v_that_fails_without_a_word_is_told(wrapper, server):
+    wrapper.virt_v2v.play(leave(1))
+    assert problems(check(wrapper, server)) == ['source: virt-v2v ended with status 1.']
+
+
+def test_listed_disks_are_accepted_where_none_are_named(wrapper, server):
+    wrapper.virt_v2v.play(stdout(GUEST))
+    assert check(wrapper, server, source_disks=DISKS)[0] == 0
 
 
 def test_listed_disks_that_the_guest_has_not_are_told(wrapper, server):
