@@ -28,6 +28,7 @@ disks:
 NICs:
 \tBridge "VM Network" mac: 00:50:56:82:03:0A [vmxnet3]
 \tNetwork "Back \xe2\x82\xac"
+\tNetwork "\x1b[2J"
 """
 
 
@@ -69,13 +70,14 @@ def test_check_shows_the_guest_and_where_it_would_go(wrapper, server):
         {'source': 'Back \u20ac', 'destination': 'wan'}])
     assert (status, stderr) == (0, '')
     lines = shown.splitlines()
-    target = lines.pop(5)
+    target = lines.pop(6)
     assert lines == [
         'guest:    vm',
         'disk:     [ds1] vm/vm.vmdk',
         'disk:     [ds1] vm/vm_1.vmdk',
         'network:  VM Network 00:50:56:82:03:0A goes to other',
         'network:  Back \u20ac  goes to wan',
+        'network:  ?[2J  goes to ovirtmgmt',
         'warning:  may not boot',
         'ignored:  unheard_of']
     assert target.startswith('target:   export_domain, %s/' % wrapper.export_domain)
@@ -85,15 +87,16 @@ def test_check_shows_the_guest_and_where_it_would_go(wrapper, server):
 def test_with_json_it_is_one_object(wrapper, server):
     wrapper.virt_v2v.play(source(DISKS[0]), warning('may not boot'), stdout(GUEST))
     found = json.loads(check(wrapper, server, '--json', unheard_of=1)[1])
-    free = found.pop('free_bytes')
-    assert isinstance(free, int) and free > 0
+    free, status = found.pop('free_bytes'), os.statvfs(wrapper.export_domain)
+    assert isinstance(free, int) and 0 < free < status.f_blocks * status.f_frsize
     assert os.path.dirname(found['target'].pop('directory')) == wrapper.export_domain
     assert found == {
         'vm_name': 'vm', 'disks': [DISKS[0]], 'warnings': ['may not boot'],
         'networks': [
             {'source': 'VM Network', 'mac_address': '00:50:56:82:03:0A',
              'destination': 'ovirtmgmt'},
-            {'source': 'Back \u20ac', 'mac_address': '', 'destination': 'ovirtmgmt'}],
+            {'source': 'Back \u20ac', 'mac_address': '', 'destination': 'ovirtmgmt'},
+            {'source': '\x1b[2J', 'mac_address': '', 'destination': 'ovirtmgmt'}],
         'target': {'type': 'export_domain'}, 'ignored_keys': ['unheard_of']}
 
 
