@@ -292,6 +292,15 @@ def test_a_job_whose_lock_is_free_has_failed(wrapper, terminal, spoil):
     assert terminal.read()[0].endswith('failed')
 
 
+def test_without_a_path_only_jobs_that_run_are_watched(wrapper, terminal):
+    running, failed = jobs_of(wrapper, 2)
+    failed.end(failed=True)
+    terminal.run(wrapper, '--watch')
+    terminal.shows(lambda lines: '0%' in lines[0], 'the job')
+    running.end()
+    assert terminal.wait() == 0
+
+
 # The first look finds out that it is a job.
 SECOND_LOOK = '''\
 looks = []
