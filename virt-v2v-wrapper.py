@@ -3061,6 +3061,8 @@ def launch(request, options):
         problems = error.problems       # the guardian adds what else is wrong
     identity.become()
     answer = Channel()
+    # From here on a signal has to end what was started: it waits for interruptible().
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     with blaming('fork'):
         guardian_pid = fork(lambda: guard(request, options, identity, directory, problems, answer))
     os.close(answer.writer)

@@ -314,6 +314,24 @@ def test_a_signal_ends_a_start_that_hangs(wrapper, storage, number):
 
 
 @pytest.mark.promise(6)
+def test_a_signal_right_after_the_fork_leaves_nothing(wrapper):
+    tamper(wrapper, """\
+def fork(child, real=module.fork):
+    pid = real(child)
+    os.kill(os.getpid(), %d)
+    return pid
+
+
+module.fork = fork
+""" % signal.SIGTERM)
+    process = begin(wrapper)
+    assert process.communicate(timeout=20) == (
+        b'', error_line('start: interrupted by a signal'))
+    assert process.returncode == 1
+    wrapper.wait_gone()
+
+
+@pytest.mark.promise(6)
 def test_a_signal_while_virt_v2v_is_asked_leaves_nothing(wrapper):
     wrapper.add_program('virt-v2v', '#!/bin/sh\n/bin/sleep 600\nexit 1\n')
     process = begin(wrapper)
