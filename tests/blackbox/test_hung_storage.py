@@ -48,6 +48,11 @@ def sleeping(wrapper, storage):
     return job
 
 
+def wait_until_one_sleeps(wrapper, storage):
+    """Wait until one of the wrapper's processes sleeps; others may look at any file system."""
+    eventually(lambda: set(storage.waiting()) & set(wrapper.processes()), 'one of them sleeps')
+
+
 def child(job):
     """Return the process ID of the only child of virt-v2v."""
     found, = processes.children(job.state()['pid'])
@@ -62,7 +67,7 @@ def test_a_sleeping_child_does_not_hold_up_the_end(wrapper, storage, status):
     job = wrapper.start()
     wrapper.virt_v2v.wait_for('running')
     storage.hang()
-    eventually(storage.waiting, 'the child sleeps')
+    wait_until_one_sleeps(wrapper, storage)
     wrapper.virt_v2v.let('end')
     assert wait_finished(job)['return_code'] == status
 
@@ -168,7 +173,7 @@ def test_a_removal_that_hangs_does_not_outlive_the_job(wrapper, storage):
     storage.hang()
     wrapper.virt_v2v.play(wait('removal'), leave(0))
     next_job = wrapper.start()
-    eventually(storage.waiting, 'the removal sleeps')
+    wait_until_one_sleeps(wrapper, storage)
     wrapper.virt_v2v.let('removal')
     wait_finished(next_job)
     eventually(lambda: len(wrapper.processes()) == 1, 'the wrapper is gone')
@@ -206,7 +211,7 @@ def test_a_virt_v2v_that_cannot_be_killed_holds_up_no_stop(wrapper, storage):
     job = wrapper.start()
     wrapper.virt_v2v.wait_for('running')
     storage.hang()
-    eventually(storage.waiting, 'virt-v2v sleeps')
+    wait_until_one_sleeps(wrapper, storage)
     os.kill(job.state()['wrapper_pid'], signal.SIGTERM)
     state = wait_finished(job)
     assert state['failed'] is True
@@ -307,7 +312,7 @@ def test_what_a_start_waited_for_is_named(wrapper, storage, where, subject):
 def test_a_signal_ends_a_start_that_hangs(wrapper, storage, number):
     tamper(wrapper, 'module.END_PATIENCE = 1.0')
     process = begin_hung(wrapper, storage, export_domain)
-    eventually(storage.waiting, 'it waits')
+    wait_until_one_sleeps(wrapper, storage)
     process.send_signal(number)
     assert answer_of(storage, process) == (
         1, b'', error_line('start: interrupted by a signal'))
@@ -367,7 +372,7 @@ def start_talkative(wrapper, storage, option, *steps):
     processes_of_it = {'monitor': found['wrapper_pid'], 'guardian': guardian(job)}
     storage.hang()
     wrapper.virt_v2v.let('go')
-    eventually(storage.waiting, 'the wrapper sleeps')
+    wait_until_one_sleeps(wrapper, storage)
     return job, found['pid'], processes_of_it
 
 
