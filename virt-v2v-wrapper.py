@@ -46,8 +46,7 @@ How a job ends:
     the guardian is killed         the monitor goes on; during the start the job is stopped
     all are killed                 the next start, or --list, by the same user publishes that
     the answer cannot be printed   the launcher stops the job, and waits for its end
-
-    the launcher is killed         after the answer nothing happens, before it the job is stopped
+    the launcher is killed         before the answer the job is stopped, after it nothing happens
 
 Processes that virt-v2v leaves become children of the monitor, or of the guardian, and are ended.
 Whoever publishes the end removes what a failed job has made in its target, in a child of its own:
