@@ -2672,7 +2672,7 @@ def monitor(job, report, answer):
                               target=end_dead_jobs, daemon=True)
     search.start()
     conversion.follow()
-    search.join(1)
+    search.join(END_PATIENCE)           # a short job should end a dead one all the same
     return 0
 
 

@@ -153,7 +153,7 @@ def many(session_lab, domain, tmp_path_factory):
     environment = administrators_environment()
     environment["PATH"] = "%s:%s" % (directory, environment["PATH"])
     with open(os.path.join(os.path.dirname(WRAPPER), "README.md"), encoding="utf-8") as readme:
-        line = re.search("^ls requests/.* --wait .*$", readme.read(), re.M).group()
+        line = re.search("^printf .* --wait .*$", readme.read(), re.M).group()
 
     def running():
         return [row for row in listed(lab).values() if row["status"] == "running"]
