@@ -1588,15 +1588,20 @@ def run_program(subject, argv, environment, patience, stdin=subprocess.DEVNULL,
             child.wait(1)
 
 
+def die_with(parent):
+    """Have the kernel kill this process, which `parent` has forked, when that ends."""
+    system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)             # it ended before that call
+
+
 def die_with_us():
     """Return what a child runs before exec, so that it is killed when we end."""
     parent = os.getpid()
 
     def prepare_child():
         signal.pthread_sigmask(signal.SIG_SETMASK, ())      # unblock all
-        system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)             # we ended before that call
+        die_with(parent)
     return prepare_child
 
 
@@ -2357,8 +2362,8 @@ class StateFile:
         except FileNotFoundError:
             return b''
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        scratch, *lines = os.read(self._lock, MAX_ANSWER).split(b'\n')
-        return scratch if lines[1:] == [self._place()] else b''
+        lines = os.read(self._lock, MAX_ANSWER).split(b'\n')
+        return lines[0] if lines[2:] == [self._place()] else b''
 
     def twin(self):
         """Return the path of the state file of another job of this guest that runs, or None."""
@@ -2520,11 +2525,11 @@ def clean_up(remove_made, state, leave):
     made = state.get('images', []) + state.get('upload', {}).get('disks', [])
     if leave or not made:
         return made, False
-    answer = Channel()
+    answer, parent = Channel(), os.getpid()
 
     def child():
         try:
-            system_call('prctl', _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            die_with(parent)
             leave_output()              # of --list
             answer.send(remove_made(state))
         except Exception as error:
