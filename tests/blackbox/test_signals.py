@@ -1,4 +1,5 @@
 """Signals to the published process ID, and to the wrapper."""
+import contextlib
 import os
 import signal
 
@@ -238,7 +239,9 @@ def test_a_stopped_wrapper_goes_on_where_it_was(wrapper):
 def test_term_to_all_processes_of_the_job_at_once_ends_it(wrapper):
     job = start_copying(wrapper)
     for process in (guardian(job), job.state()['wrapper_pid'], job.state()['pid']):
-        os.kill(process, signal.SIGTERM)
+        # The signal to the one before may have ended this one.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
     state = job.wait_finished()
     assert (state['return_code'], state['failed']) == (1, True)
     assert_nothing_left(wrapper)
