@@ -499,11 +499,7 @@ def test_virt_v2v_has_an_ordinary_umask(wrapper, umask):
 
 def announced(wrapper):
     """Start a job; return its state at the moment when the line with the paths has come."""
-    process = wrapper.popen()
-    with process:
-        process.stdin.write(json.dumps(wrapper.request()).encode())
-        process.stdin.close()
-        process.stdin = None
+    with wrapper.begin() as process:
         state = read_state(json.loads(process.stdout.readline().decode())['state_file'])
         process.communicate(timeout=60)
     return state

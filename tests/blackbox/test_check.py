@@ -186,9 +186,7 @@ def test_a_virt_v2v_that_hangs_is_ended(wrapper, server):
 def test_a_check_that_is_killed_leaves_no_virt_v2v(wrapper, server):
     wrapper.virt_v2v.play(reach('asked'), wait('never'))
     request = wrapper.request(vmware_uri=server.uri(), vmware_fingerprint=server.thumbprint)
-    with wrapper.popen(*(wrapper.arguments + ['--check'])) as process:
-        process.stdin.write(json.dumps(request).encode())
-        process.stdin.close()
+    with wrapper.begin(request, *(wrapper.arguments + ['--check'])) as process:
         wrapper.virt_v2v.wait_for('asked')
         for pid in processes.children(process.pid):
             os.kill(pid, signal.SIGKILL)

@@ -29,10 +29,7 @@ class Waiting:
 
     def __init__(self, wrapper, *steps, **keywords):
         wrapper.virt_v2v.play(reach('waiting'), wait('end'), *steps)
-        self.process = wrapper.popen(*(wrapper.arguments + ['--wait']), **keywords)
-        self.process.stdin.write(json.dumps(wrapper.request()).encode())
-        self.process.stdin.close()
-        self.process.stdin = None
+        self.process = wrapper.begin(None, *(wrapper.arguments + ['--wait']), **keywords)
         self.job = blackbox.Job(0, self.process.stdout.readline(), b'')
         wrapper.virt_v2v.wait_for('waiting')
 

@@ -525,11 +525,7 @@ def create_exclusively(name, *arguments, real=module.create_exclusively):
 module.create_exclusively = create_exclusively
 """.format(home=wrapper.home))
     other_logs = wrapper.arguments[2:] + ['--log-dir', os.path.join(wrapper.home, 'log2')]
-    starts = [wrapper.popen(), wrapper.popen(*other_logs)]
-    for process in starts:
-        process.stdin.write(json.dumps(wrapper.request()).encode())
-        process.stdin.close()
-        process.stdin = None
+    starts = [wrapper.begin(), wrapper.begin(None, *other_logs)]
     eventually(lambda: len([name for name in wrapper.files() if 'named' in name]) == 2,
                'the names are chosen')
     open(os.path.join(wrapper.home, 'go'), 'w').close()

@@ -1,5 +1,4 @@
 """Storage that does not answer: who waits for it sleeps, and not even SIGKILL ends that."""
-import json
 import os
 import re
 import signal
@@ -224,15 +223,6 @@ IMPATIENT = ('module.START_PATIENCE = 1.0; module.PRINT_PATIENCE = 0.5;'
              ' module.END_PATIENCE = 1.0')
 
 
-def begin(wrapper, *arguments, request=None, **keywords):
-    """Start the wrapper and give it a request; return its process."""
-    process = wrapper.popen(*arguments, **keywords)
-    process.stdin.write(json.dumps(request or wrapper.request()).encode())
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
 def answer_of(storage, process):
     """Return (status, stdout, stderr) of a wrapper that has to end although the storage hangs."""
     try:
@@ -283,7 +273,7 @@ def begin_hung(wrapper, storage, where):
     """Start the wrapper with something it needs in the storage, which hangs."""
     how = where(wrapper, storage.directory)
     storage.hang()
-    return begin(wrapper, *how.pop('arguments', ()), **how)
+    return wrapper.begin(how.pop('request', None), *how.pop('arguments', ()), **how)
 
 
 @pytest.mark.promise(6)
@@ -329,7 +319,7 @@ def fork(child, real=module.fork):
 
 module.fork = fork
 """ % signal.SIGTERM)
-    process = begin(wrapper)
+    process = wrapper.begin()
     assert process.communicate(timeout=20) == (
         b'', error_line('start: interrupted by a signal'))
     assert process.returncode == 1
@@ -339,7 +329,7 @@ module.fork = fork
 @pytest.mark.promise(6)
 def test_a_signal_while_virt_v2v_is_asked_leaves_nothing(wrapper):
     wrapper.add_program('virt-v2v', '#!/bin/sh\n/bin/sleep 600\nexit 1\n')
-    process = begin(wrapper)
+    process = wrapper.begin()
     eventually(lambda: '/bin/sleep' in str(wrapper.processes()), 'it is asked')
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=20)

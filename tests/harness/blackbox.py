@@ -258,6 +258,14 @@ class Wrapper:
         settings.update(others)
         return subprocess.Popen(self.command(*arguments), **settings)
 
+    def begin(self, request=None, *arguments, **keywords):
+        """Start the wrapper and give it a request, by default a valid one; return its process."""
+        process = self.popen(*arguments, **keywords)
+        process.stdin.write(json.dumps(request or self.request()).encode())
+        process.stdin.close()
+        process.stdin = None
+        return process
+
     def start(self, request=None, *arguments, **keywords):
         """Start the wrapper with a request (dict or bytes; by default a valid one) on stdin.
 
